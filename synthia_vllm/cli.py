@@ -1,0 +1,187 @@
+"""The command line: parses, wires the rooms together, and runs."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from synthia_vllm import __version__
+from synthia_vllm.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from synthia_vllm.settings import Settings
+
+_SERVE_EXAMPLES: Final = """\
+examples:
+  synthia-vllm serve                                the default model of this machine, on port 8000
+  synthia-vllm serve --model demo --port 8123       the demo model, without a GPU or weights
+  synthia-vllm serve --model /models/Synthia-7B-v3.0 --host 0.0.0.0
+  synthia-vllm serve --config config/server.yaml --engine max_model_len=8192
+  SYNTHIA_SAMPLING__TEMPERATURE=0.2 synthia-vllm serve --print-config
+
+A file is overruled by the environment (SYNTHIA_PORT, SYNTHIA_SAMPLING__TOP_K, ...), and that by
+flags. Every key is explained in config/server.yaml. --engine takes any field of the installed
+vLLM's AsyncEngineArgs: `python -c "import vllm; help(vllm.AsyncEngineArgs)"` lists them.
+"""
+
+_FLAGS: Final[dict[str, str]] = {
+    "host": "address to listen on (default 127.0.0.1: this machine only)",
+    "port": "port to listen on (default 8000)",
+    "model": "'demo', a hub name, or a directory (default: Synthia-7B-v3.0 with a GPU, else demo)",
+    "served_name": "model name clients use (default: from the model)",
+    "preset": "system message for requests without one: none, tree-of-thought",
+    "format": "prompt format: documented, example",
+    "markers": "role markers in content: escape, reject, allow",
+    "overflow": "conversations too long for the context: error, drop-oldest",
+    "log_level": "debug, info, warning, error",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` (default: the process's own); return the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except StartupError as error:
+        print(f"synthia-vllm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="synthia-vllm", description="Serve Synthia-7B-v3.0 to many users, on vLLM."
+    )
+    parser.add_argument("--version", action="version", version=f"synthia-vllm {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser(
+        "serve",
+        help="run the server",
+        description="Run the OpenAI-compatible server.",
+        epilog=_SERVE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    serve.add_argument("--config", type=Path, metavar="FILE", help="configuration file (YAML)")
+    for key, text in _FLAGS.items():
+        serve.add_argument(f"--{key.replace('_', '-')}", metavar=key.upper(), help=text)
+    serve.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other key, e.g. sampling.top_k=40",
+    )
+    serve.add_argument(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of vLLM's AsyncEngineArgs, e.g. max_model_len=8192",
+    )
+    serve.add_argument(
+        "--print-config", action="store_true", help="show the resulting configuration and exit"
+    )
+    serve.set_defaults(run=_serve)
+    return parser
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from synthia_vllm.settings import load, parse_assignment
+
+    flags: list[tuple[str, str, Any]] = []
+    for key in _FLAGS:
+        value = getattr(args, key)
+        if value is not None:
+            flag = f"--{key.replace('_', '-')}"
+            flags.append((flag, key, _number(value) if key == "port" else value))
+    for text in args.set:
+        key, value = parse_assignment(text)
+        flags.append((f"--set {text}", key, value))
+    for text in args.engine:
+        key, value = parse_assignment(text)
+        flags.append((f"--engine {text}", f"engine.{key}", value))
+    return load(args.config, os.environ, flags)
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text
+
+
+def _serve(args: argparse.Namespace) -> int:
+    settings = _settings(args)
+    if args.print_config:
+        if settings.engine:
+            from synthia_vllm.vllm_engine import check_options
+
+            check_options(settings.engine)
+        print(settings.to_yaml(), end="")
+        return 0
+
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    progress = _Progress()
+
+    from prometheus_client import REGISTRY
+
+    from synthia_vllm.app import create_app
+    from synthia_vllm.metrics import Metrics
+    from synthia_vllm.server import Server
+    from synthia_vllm.vllm_engine import VllmEngine, check_model
+
+    model = settings.resolved_model
+    if model == "demo":
+        from synthia_vllm.demo import ensure_demo
+
+        model = str(ensure_demo(progress))
+    else:
+        check_model(model)
+    if Path(model).is_dir():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to be fetched: ask nobody
+    server: Server | None = None
+
+    def stop() -> None:
+        if server is not None:
+            server.should_exit = True
+
+    app = create_app(
+        VllmEngine(model, settings.engine),
+        settings,
+        Metrics(REGISTRY),
+        progress=progress,
+        on_failure=stop,
+    )
+    server = Server(app, settings)
+    server.run()
+    failure = app.state.service.failure
+    if failure is not None:
+        print(f"synthia-vllm: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Progress:
+    """Prints a line for each step, with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self, step: str) -> None:
+        print(f"[{time.monotonic() - self._start:5.1f} s] {step}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

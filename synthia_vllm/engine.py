@@ -1,0 +1,146 @@
+"""The seam: all the server knows of an inference engine.
+
+One engine takes validated work and streams what it generates. There are two: `VllmEngine`
+(`vllm_engine.py`), and `FakeEngine` (`fake.py`) for tests of the edge; one contract test holds
+both to what is written here.
+
+What flows out per token has the attribute names of vLLM's own `RequestOutput` and
+`CompletionOutput`, so that the real engine's objects pass through unchanged: nothing is copied
+per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to choose tokens and when to stop. Names, meanings and units are vLLM's."""
+
+    max_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """How many of the most likely tokens to report at each place; `None` for no report at all."""
+    logit_bias: Mapping[int, float] | None = None
+    json_schema: Mapping[str, Any] | None = None
+    """Only text that this JSON schema admits is generated; ``{}`` admits any JSON object."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One request as the engine gets it: valid, tokenised, and within the context."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: Sampling
+    deltas: bool = True
+    """Whether each step is delivered as it is made, or only the whole at the end."""
+
+
+class TokenLogprob(Protocol):
+    """The log-probability (natural, before temperature) of one token at one place."""
+
+    @property
+    def logprob(self) -> float: ...
+
+
+class Output(Protocol):
+    """What one step, or the whole of a request without `deltas`, brought for one choice."""
+
+    @property
+    def index(self) -> int:
+        """Which of the `n` choices."""
+
+    @property
+    def text(self) -> str:
+        """The new text. It ends with the stop string, if one was found."""
+
+    @property
+    def token_ids(self) -> Sequence[int]:
+        """The new tokens."""
+
+    @property
+    def logprobs(self) -> Sequence[Mapping[int, TokenLogprob]] | None:
+        """By token id, for each new token; the token itself is always among them."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """``stop``, ``length`` or ``abort`` with the last output of this choice."""
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop string or stop token found; `None` for the end-of-text token."""
+
+
+class Step(Protocol):
+    """What arrived for a request at one time."""
+
+    @property
+    def outputs(self) -> Sequence[Output]: ...
+
+    @property
+    def num_cached_tokens(self) -> int | None:
+        """How many of the prompt's tokens the prefix cache served."""
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What the loaded model can do."""
+
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    vocab_size: int
+    max_logprobs: int = 20
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the software below the seam, by package name."""
+
+
+class Engine(Protocol):
+    """An inference engine in its own process or machine."""
+
+    @property
+    def traits(self) -> Traits:
+        """Known once `start` has returned."""
+
+    async def start(self, progress: Callable[[str], None]) -> None:
+        """Load the model, telling `progress` of each step. Raises `StartupError`."""
+
+    async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        """The prompt's token ids: the beginning-of-text token, then those of `text`.
+
+        With `special_tokens`, what looks like a special token in `text` (``</s>``) becomes that
+        token; without, it is text like any other. Never blocks the event loop.
+        """
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes this token adds to the text; none for a special token."""
+
+    def generate(self, work: Work) -> AsyncGenerator[Step, None]:
+        """Run `work`; the last step of each choice carries its `finish_reason`.
+
+        Closing the generator, or cancelling the task in it, frees the request in the engine.
+        Raises, at any pull, `EngineDead`, `EngineFault` or `Unavailable`; at the first one also
+        `InvalidRequest`, where only the engine can tell (a JSON schema it cannot compile).
+        """
+
+    def check(self) -> None:
+        """Return if the engine's processes run; raise `EngineDead` if not."""
+
+    async def close(self) -> None:
+        """Stop the engine's processes; wait until they are gone."""

@@ -1,0 +1,131 @@
+"""Everything that can go wrong, as one closed tree.
+
+::
+
+    SynthiaError
+    ├── StartupError            the server cannot start: the message says what to change
+    └── ApiError                a request gets this answer instead of text
+        ├── InvalidRequest      400  the request asks for something it cannot have
+        │   ├── ContextOverflow 400  the conversation does not fit the context
+        │   ├── UnknownModel    404
+        │   └── BodyTooLarge    413
+        ├── Unavailable         503  not now: starting, draining or full; come back later
+        ├── EngineDead          503  the engine process is gone; a supervisor restarts the server
+        └── EngineFault         500  the engine failed at this one request
+
+An `ApiError` knows its status and the fields of OpenAI's error envelope, so that the same
+error reads the same as an HTTP response and as an event in the middle of a stream.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class SynthiaError(Exception):
+    """Root of the tree; never raised itself."""
+
+
+class StartupError(SynthiaError):
+    """The server cannot start. The message is for the operator: what is wrong and the way out."""
+
+
+class ApiError(SynthiaError):
+    """An error a client sees, in OpenAI's envelope.
+
+    `message` is for a person and names limit and value; `param` names the field at fault, as
+    in ``messages[2].content``; `code` is for a program.
+    """
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "server_error"
+    retry_after: ClassVar[int | None] = None
+    """Seconds after which trying again makes sense, sent as the ``Retry-After`` header."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def envelope(self) -> dict[str, dict[str, str | None]]:
+        """The JSON object of OpenAI's error format."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class InvalidRequest(ApiError):
+    """The request asks for something it cannot have; trying again unchanged is of no use."""
+
+    status = 400
+    kind = "invalid_request_error"
+
+
+class ContextOverflow(InvalidRequest):
+    """The rendered conversation leaves no room for an answer in the model's context."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="messages", code="context_length_exceeded")
+
+
+class UnknownModel(InvalidRequest):
+    """No such model is served here."""
+
+    status = 404
+
+    def __init__(self, name: str, served: tuple[str, ...]) -> None:
+        super().__init__(
+            f"The model {name[:100]!r} does not exist here. Served: {', '.join(served)}.",
+            param="model",
+            code="model_not_found",
+        )
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request body exceeds the server's limit."""
+
+    status = 413
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(
+            f"The request body is larger than this server's limit of {limit} bytes.",
+            code="body_too_large",
+        )
+
+
+class Unavailable(ApiError):
+    """Not now: the server is starting, draining or full."""
+
+    status = 503
+    kind = "overloaded_error"
+    retry_after = 1
+
+
+class EngineDead(ApiError):
+    """The engine process died; what it was generating is lost."""
+
+    status = 503
+    retry_after = 30
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The inference engine has stopped; the answer is lost. The server is being replaced: "
+            "try again in a moment.",
+            code="engine_dead",
+        )
+
+
+class EngineFault(ApiError):
+    """The engine failed at this one request; others go on."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The inference engine failed at this request. Trying again may help.",
+            code="engine_fault",
+        )

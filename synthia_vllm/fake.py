@@ -1,0 +1,160 @@
+"""An engine without a model: it says what it is told to, when it is told to.
+
+For tests whose subject is the edge itself (exact pieces, faults that no real engine can be made
+to have on demand) and for measuring the edge alone. It keeps the same promises as the real one;
+`tests/contract.py` holds both to them. Its tokens are bytes, numbered as Mistral's byte tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from synthia_vllm.engine import Traits
+from synthia_vllm.errors import ApiError, EngineDead
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+
+    from synthia_vllm.engine import Step, Work
+
+BOS = 1
+FIRST_BYTE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class FakeLogprob:
+    """A certain token."""
+
+    logprob: float = 0.0
+
+
+@dataclass(slots=True)
+class FakeOutput:
+    """One delta of one choice."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[Mapping[int, FakeLogprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class FakeStep:
+    """What arrives at one time."""
+
+    outputs: Sequence[FakeOutput]
+    num_cached_tokens: int | None = 0
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """Says `pieces`, each as one step, to every request, pausing `delay` seconds before each."""
+
+    pieces: Sequence[str] = (" Hello", ".", "\nUSER:", " more")
+    delay: float = 0.0
+    fault: ApiError | None = None
+    """Raised instead of the step number `fault_at`."""
+    fault_at: int = 0
+    traits: Traits = field(default_factory=lambda: Traits(max_model_len=2048, vocab_size=32000))
+    seen: list[Work] = field(default_factory=list)
+    """All work that was asked for, oldest first."""
+    aborted: list[str] = field(default_factory=list)
+    """Ids of the requests that were closed before their end."""
+    dead: bool = False
+
+    async def start(self, progress: Callable[[str], None]) -> None:
+        progress("starting the fake engine")
+
+    async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        return [BOS, *(FIRST_BYTE + byte for byte in text.encode())]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return bytes([token_id - FIRST_BYTE]) if token_id >= FIRST_BYTE else b""
+
+    async def generate(self, work: Work) -> AsyncGenerator[Step, None]:
+        self.check()
+        self.seen.append(work)
+        finished = False
+        try:
+            steps = list(self._steps(work))
+            for position, step in enumerate(steps):
+                await asyncio.sleep(self.delay)
+                self.check()
+                if self.fault is not None and position == self.fault_at:
+                    finished = True
+                    raise self.fault
+                finished = position == len(steps) - 1
+                if work.deltas:
+                    yield step
+            if not work.deltas:
+                yield FakeStep(
+                    [_joined([s.outputs[i] for s in steps]) for i in range(work.sampling.n)]
+                )
+        finally:
+            if not finished:
+                self.aborted.append(work.request_id)
+
+    def _steps(self, work: Work) -> list[FakeStep]:
+        """The steps of `work`, ended by the first stop string or `max_tokens`."""
+        said, spent, steps = "", 0, []
+        for piece in self.pieces:
+            said += piece
+            reason = found = None
+            if spent >= work.sampling.min_tokens:
+                ends = [
+                    (said.find(stop) + len(stop), stop)
+                    for stop in work.sampling.stop
+                    if stop in said
+                ]
+                if ends:
+                    end, found = min(ends)
+                    reason = "stop"
+                    piece = piece[: len(piece) - (len(said) - end)]  # noqa: PLW2901
+            data = piece.encode()
+            if reason is None and spent + len(data) >= work.sampling.max_tokens:
+                data = data[: work.sampling.max_tokens - spent]
+                reason = "length"
+            spent += len(data)
+            if reason is None and piece is self.pieces[-1]:
+                reason = "stop"
+            tokens = [FIRST_BYTE + byte for byte in data]
+            logprobs = None
+            if work.sampling.logprobs is not None:
+                logprobs = [{token: FakeLogprob()} for token in tokens]
+            text = data.decode(errors="ignore")
+            steps.append(
+                FakeStep(
+                    [
+                        FakeOutput(index, text, tokens, logprobs, reason, found)
+                        for index in range(work.sampling.n)
+                    ]
+                )
+            )
+            if reason is not None:
+                break
+        return steps
+
+    def check(self) -> None:
+        if self.dead:
+            raise EngineDead
+
+    async def close(self) -> None:
+        self.dead = True
+
+
+def _joined(outputs: Sequence[FakeOutput]) -> FakeOutput:
+    """One output of all the deltas of a choice."""
+    last = outputs[-1]
+    logprobs = [place for output in outputs for place in output.logprobs or ()]
+    return FakeOutput(
+        last.index,
+        "".join(output.text for output in outputs),
+        [token for output in outputs for token in output.token_ids],
+        logprobs if last.logprobs is not None else None,
+        last.finish_reason,
+        last.stop_reason,
+    )

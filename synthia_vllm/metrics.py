@@ -1,0 +1,98 @@
+"""The edge's own Prometheus series, all of them, beside vLLM's ``vllm:*`` in one registry.
+
+Label values come from closed sets (routes of this server, model names it serves, HTTP statuses,
+finish reasons): no client can add a series.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import Counter, Gauge, Histogram
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+_TTFT_BUCKETS: Final = (0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
+_ITL_BUCKETS: Final = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
+_E2E_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSeries:
+    """The series of one model name, looked up once and not per token."""
+
+    time_to_first_token: Histogram
+    inter_token_latency: Histogram
+    end_to_end: Histogram
+    prompt_tokens: Counter
+    cached_prompt_tokens: Counter
+    answer_tokens: Counter
+    escaped_markers: Counter
+    dropped_messages: Counter
+    aborted_by_client: Counter
+
+
+class Metrics:
+    """All series of the edge, registered in `registry`."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"synthia_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"synthia_{name}", text, ["model"], registry=registry, buckets=buckets)
+
+        self.requests = counter("requests", "HTTP requests answered", "route", "model", "status")
+        self.in_flight = Gauge(
+            "synthia_requests_in_flight", "Chat requests being answered", registry=registry
+        )
+        self.finished = counter(
+            "finished", "Answers (choices) by the reason they ended", "model", "reason"
+        )
+        self._time_to_first_token = histogram(
+            "time_to_first_token_seconds",
+            "From the arrival of a streamed request to its first text",
+            _TTFT_BUCKETS,
+        )
+        self._inter_token_latency = histogram(
+            "inter_token_latency_seconds",
+            "Between two pieces of text of one streamed answer",
+            _ITL_BUCKETS,
+        )
+        self._end_to_end = histogram(
+            "end_to_end_seconds", "From the arrival of a request to its end", _E2E_BUCKETS
+        )
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens that ran", "model")
+        self._cached_prompt_tokens = counter(
+            "cached_prompt_tokens", "Prompt tokens the prefix cache served", "model"
+        )
+        self._answer_tokens = counter("answer_tokens", "Answer tokens that ran", "model")
+        self._escaped_markers = counter(
+            "escaped_markers", "Role markers in content made harmless", "model"
+        )
+        self._dropped_messages = counter(
+            "dropped_messages", "Messages dropped so that the conversation fits", "model"
+        )
+        self._aborted_by_client = counter(
+            "aborted_by_client", "Requests whose client left before the end", "model"
+        )
+        self.of = cache(self._of)
+
+    def _of(self, model: str) -> ModelSeries:
+        """The series of `model`, which must be a served name. Use `of`, which remembers them."""
+        return ModelSeries(
+            time_to_first_token=self._time_to_first_token.labels(model),
+            inter_token_latency=self._inter_token_latency.labels(model),
+            end_to_end=self._end_to_end.labels(model),
+            prompt_tokens=self._prompt_tokens.labels(model),
+            cached_prompt_tokens=self._cached_prompt_tokens.labels(model),
+            answer_tokens=self._answer_tokens.labels(model),
+            escaped_markers=self._escaped_markers.labels(model),
+            dropped_messages=self._dropped_messages.labels(model),
+            aborted_by_client=self._aborted_by_client.labels(model),
+        )

@@ -1,0 +1,327 @@
+"""OpenAI's chat API as this server speaks it: the shapes of requests and responses.
+
+Requests are strict: no field is ignored. What the model cannot do is refused by name, unless
+the value asks for nothing (``"tools": null``). Responses have OpenAI's fields plus two of
+vLLM's and ours: `stop_reason` in a choice, `dropped_messages` in the usage.
+
+Source: OpenAI's API reference for chat completions; vLLM's extra sampling parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    ValidationError,
+)
+
+from synthia_vllm.errors import InvalidRequest
+
+MAX_STOPS: Final = 16
+MAX_LOGIT_BIASES: Final = 1024
+MAX_TOP_LOGPROBS: Final = 20
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class TextPart(_Request):
+    """A piece of text in a message's content; the only kind the model reads."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Request):
+    """One message of the conversation so far."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
+        Discriminator(lambda value: "text" if isinstance(value, str) else "parts"),
+    ]
+
+    @property
+    def text(self) -> str:
+        """The whole content; parts are joined by newlines."""
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class JsonSchema(_Request):
+    """The schema of `response_format`."""
+
+    name: str = Field(max_length=64)
+    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Request):
+    """What the answer must look like: any text, a JSON object, or JSON of a given schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StreamOptions(_Request):
+    """Options of a streamed answer."""
+
+    include_usage: bool = False
+
+
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
+
+
+class ChatRequest(_Request):
+    """The body of ``POST /v1/chat/completions``.
+
+    `None` everywhere means: the server's default, which is the model card's.
+    """
+
+    model: str = Field(max_length=256)
+    messages: list[ChatMessage] = Field(min_length=1)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=128)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=2**31 - 1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    ignore_eos: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, max_length=MAX_LOGIT_BIASES
+    )
+    response_format: ResponseFormat | None = None
+    continue_final_message: bool | None = None
+    # Labels for the client's own bookkeeping; they ask nothing of the answer.
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+# What clients send although it is not to be had here: why not, and the values that ask for
+# nothing and are let pass (null always is).
+_NO_TOOLS: Final = "Synthia was not trained to call tools"
+_NO_AUDIO: Final = "Synthia reads and writes text only"
+_ELSEWHERE: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
+    "tools": (_NO_TOOLS, ([],)),
+    "tool_choice": (_NO_TOOLS, ("none", "auto")),
+    "parallel_tool_calls": (_NO_TOOLS, (True, False)),
+    "functions": (_NO_TOOLS, ([],)),
+    "function_call": (_NO_TOOLS, ("none", "auto")),
+    "tool_calls": (_NO_TOOLS, ([],)),
+    "tool_call_id": (_NO_TOOLS, ()),
+    "audio": (_NO_AUDIO, ()),
+    "modalities": (_NO_AUDIO, (["text"],)),
+    "annotations": ("the answers of this server have none", ([],)),
+    "refusal": ("the answers of this server have none", ()),
+    "name": ("Synthia's prompt has no place for a speaker's name; put it in the content", ()),
+    "store": ("this server keeps no answers to be fetched later", (False,)),
+    "service_tier": ("this server has one tier", ("auto", "default")),
+    "reasoning_effort": ("Synthia has no separate reasoning", ("none",)),
+    "verbosity": ("Synthia has no such control", ("medium",)),
+    "prediction": ("this server takes no predicted output", ()),
+    "web_search_options": ("this server does not search the web", ()),
+    "best_of": ("use `n`", (1,)),
+    "echo": ("it belongs to completions, not to chat", (False,)),
+    "chat_template": ("the prompt format is the server's, see its `format` setting", ()),
+    "add_generation_prompt": ("a last message of the assistant is continued by itself", (True,)),
+}
+
+
+def parse_chat_request(body: bytes) -> ChatRequest:
+    """The request in `body`. Raises `InvalidRequest`, naming the field."""
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        problems = error.errors(include_url=False, include_context=True)
+    except RecursionError:
+        raise InvalidRequest("The JSON is nested too deeply.") from None
+    if all(_asks_for_nothing(problem) for problem in problems):
+        return _without([problem["loc"] for problem in problems], body)
+    real = [problem for problem in problems if not _asks_for_nothing(problem)]
+    # A union reports each of its members; the one that got furthest is what the user meant.
+    same_field = [problem for problem in real if problem["loc"][:1] == real[0]["loc"][:1]]
+    raise _refusal(max(same_field, key=lambda problem: len(problem["loc"])))
+
+
+def _asks_for_nothing(problem: Any) -> bool:
+    if problem["type"] != "extra_forbidden":
+        return False
+    _, neutral = _ELSEWHERE.get(str(problem["loc"][-1]), (None, None))
+    value = problem["input"]
+    return neutral is not None and (
+        value is None or any(value == ok and type(value) is type(ok) for ok in neutral)
+    )
+
+
+def _without(places: list[tuple[int | str, ...]], body: bytes) -> ChatRequest:
+    """The request in `body` less the fields at `places`."""
+    document = json.loads(body)
+    for *parents, last in places:
+        holder = document
+        for parent in parents:
+            holder = holder[parent]
+        holder.pop(last, None)
+    try:
+        return ChatRequest.model_validate_json(json.dumps(document))
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False)[0]) from None
+
+
+def _refusal(problem: Any) -> InvalidRequest:
+    """A pydantic error as an answer that names the field, the limit and the value."""
+    path = _path(problem["loc"])
+    kind, value = problem["type"], problem["input"]
+    last = str(problem["loc"][-1]) if problem["loc"] else ""
+    if kind == "json_invalid":
+        return InvalidRequest(
+            f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json"
+        )
+    if kind == "extra_forbidden":
+        why, _ = _ELSEWHERE.get(last, ("no such field is known here", ()))
+        return InvalidRequest(
+            f"`{path}` is not supported: {why}.", param=path, code="unsupported_parameter"
+        )
+    if last == "role" and value in ("tool", "function"):
+        return InvalidRequest(
+            f"`{path}` is {value!r}: {_NO_TOOLS}.", param=path, code="unsupported_value"
+        )
+    if last == "type" and "content" in problem["loc"]:
+        return InvalidRequest(
+            f"`{path}` is {value!r:.60}: {_NO_AUDIO}, so every part must be of type 'text'.",
+            param=path,
+            code="unsupported_value",
+        )
+    if kind == "missing":
+        return InvalidRequest(
+            f"`{path}` is required.", param=path, code="missing_required_parameter"
+        )
+    shown = "" if isinstance(value, dict | list) else f", but it is {_short(value)}"
+    return InvalidRequest(
+        f"`{path or 'the body'}`: {problem['msg']}{shown}.",
+        param=path or None,
+        code="invalid_value",
+    )
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    """``messages[2].content`` of a pydantic location, without the names of union members."""
+    path = ""
+    for before, part in zip(("", *loc), loc, strict=False):
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif before not in ("content", "stop") and part != "[key]":
+            path += f".{part}" if path else part
+    return path
+
+
+def _short(value: Any) -> str:
+    """A value for a message: at most 60 characters of it."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "a huge number"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class TopLogprob(BaseModel):
+    """One of the most likely tokens at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class TokenLogprobInfo(TopLogprob):
+    """One token of the answer, and what else was likely there."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChoiceLogprobs(BaseModel):
+    """Log-probabilities of an answer, a token at a time."""
+
+    content: list[TokenLogprobInfo]
+
+
+class AnswerMessage(BaseModel):
+    """The assistant's message."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class Choice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: AnswerMessage
+    logprobs: ChoiceLogprobs | None = None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: int | str | None = None
+
+
+class PromptTokensDetails(BaseModel):
+    """What became of the prompt."""
+
+    cached_tokens: int
+    dropped_messages: int = 0
+
+
+class Usage(BaseModel):
+    """Tokens that ran."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class ChatCompletion(BaseModel):
+    """The body of a plain answer."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+
+
+class ModelCard(BaseModel):
+    """One name in the list of models."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    root: str
+    max_model_len: int | None
+
+
+class ModelList(BaseModel):
+    """The body of ``GET /v1/models``."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]

