@@ -101,7 +101,7 @@ class FakeEngine:
     def _steps(self, work: Work) -> list[FakeStep]:
         """The steps of `work`, ended by the first stop string or `max_tokens`."""
         said, spent, steps = "", 0, []
-        for piece in self.pieces:
+        for position, piece in enumerate(self.pieces, 1):
             said += piece
             reason = found = None
             if spent >= work.sampling.min_tokens:
@@ -119,7 +119,7 @@ class FakeEngine:
                 data = data[: work.sampling.max_tokens - spent]
                 reason = "length"
             spent += len(data)
-            if reason is None and piece is self.pieces[-1]:
+            if reason is None and position == len(self.pieces):
                 reason = "stop"
             tokens = [FIRST_BYTE + byte for byte in data]
             logprobs = None

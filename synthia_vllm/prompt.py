@@ -193,5 +193,6 @@ def drop_exchanges(messages: Sequence[Message], start: int) -> tuple[tuple[Messa
     Also returns how many of the request's own messages are gone.
     """
     system = tuple(messages[:1]) if messages and messages[0].role == "system" else ()
+    start = max(start, len(system))
     dropped = sum(message.merged for message in messages[len(system) : start])
     return system + tuple(messages[start:]), dropped

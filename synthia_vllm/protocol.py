@@ -162,9 +162,9 @@ def parse_chat_request(body: bytes) -> ChatRequest:
     if all(_asks_for_nothing(problem) for problem in problems):
         return _without([problem["loc"] for problem in problems], body)
     real = [problem for problem in problems if not _asks_for_nothing(problem)]
-    # A union reports each of its members; the one that got furthest is what the user meant.
+    # A union reports each of its members; what the user meant is the one that got furthest.
     same_field = [problem for problem in real if problem["loc"][:1] == real[0]["loc"][:1]]
-    raise _refusal(max(same_field, key=lambda problem: len(problem["loc"])))
+    raise _refusal(max(same_field, key=lambda p: (len(p["loc"]), not p["type"].endswith("_type"))))
 
 
 def _asks_for_nothing(problem: Any) -> bool:

@@ -8,6 +8,7 @@ ids, batches, streams and aborts. Names of vLLM used outside its documented API 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from synthia_vllm.errors import (
     SynthiaError,
     Unavailable,
 )
+from synthia_vllm.settings import gpu_present
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
@@ -40,6 +42,7 @@ _RESERVED: Final = {"model": "model", "served_model_name": "served_name"}
 # faster than bfloat16 where the processor has no bfloat16 units. A user's `engine:` wins.
 _CPU_DEFAULTS: Final[dict[str, Any]] = {
     "enforce_eager": True,
+    "use_tqdm_on_load": False,
     "dtype": "float32",
     "kv_cache_memory_bytes": 1 << 30,
 }
@@ -76,7 +79,7 @@ class VllmEngine:
             ) from error
 
     def _start(self, progress: Callable[[str], None]) -> None:
-        _quiet()
+        _prepare_environment(self._options)
         progress("loading vLLM")
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -110,13 +113,17 @@ class VllmEngine:
 
     async def generate(self, work: Work) -> AsyncGenerator[Step, None]:
         from vllm import TokensPrompt
+        from vllm.inputs import tokens_input
 
         self.check()
+        # vLLM checks a ready-made input at once, here; of a raw one it makes a job for a thread
+        # of its own, which is the place to compile somebody's JSON schema.
+        make = tokens_input if work.sampling.json_schema is None else TokensPrompt
         steps = None
         started = False
         try:
             steps = self._llm.generate(
-                TokensPrompt(prompt_token_ids=work.prompt_token_ids),
+                make(prompt_token_ids=work.prompt_token_ids),
                 _sampling_params(work),
                 work.request_id,
             )
@@ -139,6 +146,8 @@ class VllmEngine:
         llm, self._llm = self._llm, None
         if llm is not None:
             await asyncio.get_running_loop().run_in_executor(self._threads, llm.shutdown)
+            del llm
+            gc.collect()  # or else it is finalised, with complaints, as the interpreter goes
         self._threads.shutdown(wait=False)
 
 
@@ -158,7 +167,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
     Imports vLLM, which takes seconds.
     """
-    _quiet()
+    _prepare_environment(options)
     _engine_args("placeholder", options)
 
 
@@ -194,11 +203,27 @@ def check_model(model: str) -> None:
         raise StartupError(f"The model hub does not give out {model}. {ways_out}") from error
 
 
-def _quiet() -> None:
-    """Defaults for vLLM's environment, set before its import; what the user set stands."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+def _prepare_environment(options: Mapping[str, Any]) -> None:
+    """Defaults for what vLLM and torch read from the environment, set before their import.
+
+    What the user has set stands.
+    """
+    defaults = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not gpu_present():
+        # Its warnings on a CPU are all about not having a GPU.
+        defaults |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        defaults["PYTHONWARNINGS"] = "ignore::FutureWarning"
+        if options.get("enforce_eager", True):
+            # Eager is not eager yet: without this the first request with logprobs waits 20 s
+            # for the C++ compiler.
+            defaults["TORCH_COMPILE_DISABLE"] = "1"
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 
 
 def _engine_args(model: str, options: Mapping[str, Any]) -> Any:

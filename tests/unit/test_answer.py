@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -42,7 +44,7 @@ def splits(text: str, cuts: list[int]) -> list[str]:
     """`text` cut at `cuts` (taken modulo its length), empty pieces included."""
     places = sorted(cut % (len(text) + 1) for cut in cuts)
     edges = [0, *places, len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in itertools.pairwise(edges)]
 
 
 CUTS = st.lists(st.integers(0, 1000), max_size=30)

@@ -1,0 +1,115 @@
+"""What every engine promises, as checks that run against the real one and against the fake.
+
+Each takes an engine that is started, on its event loop, and a prompt of its tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from synthia_vllm.engine import Sampling, Work
+
+if TYPE_CHECKING:
+    from synthia_vllm.engine import Engine, Output
+
+PROMPT = "USER: What is the difference between an Orca, Dolphin and a Seal?\nASSISTANT:"
+
+
+async def outputs(engine: Engine, *, deltas: bool = True, **sampling: Any) -> list[Output]:
+    """All outputs of one request, with greedy sampling."""
+    tokens = await engine.tokenize(PROMPT)
+    asked = Sampling(**{"max_tokens": 40, "temperature": 0.0, "stop": ("USER:",), **sampling})
+    work = Work(request_id="contract", prompt_token_ids=tokens, sampling=asked, deltas=deltas)
+    async with aclosing(engine.generate(work)) as steps:
+        return [output async for step in steps for output in step.outputs]
+
+
+async def tokens_carry_the_text(engine: Engine) -> None:
+    """The first token begins the text; the bytes of the others are the text."""
+    text = "USER: Où est l'orque? 鯨 </s>\n\nASSISTANT:"
+    ids = await engine.tokenize(text)
+    assert engine.token_bytes(ids[0]) == b""
+    # SentencePiece puts a space in front of a text.
+    assert b"".join(engine.token_bytes(i) for i in ids[1:]).decode().strip() == text.strip()
+    assert len(ids) > 10
+    assert all(0 <= i < engine.traits.vocab_size for i in ids)
+
+
+async def deltas_add_up(engine: Engine) -> None:
+    """Streamed outputs, joined, are the whole output: text, tokens and end."""
+    streamed = await outputs(engine)
+    [whole] = await outputs(engine, deltas=False)
+    assert len(streamed) > 1
+    assert "".join(o.text for o in streamed) == whole.text
+    assert [t for o in streamed for t in o.token_ids] == list(whole.token_ids)
+    assert [o.finish_reason for o in streamed[:-1]] == [None] * (len(streamed) - 1)
+    assert streamed[-1].finish_reason == whole.finish_reason
+    assert streamed[-1].stop_reason == whole.stop_reason
+
+
+async def length_ends(engine: Engine) -> None:
+    """`max_tokens` ends the answer after exactly that many tokens."""
+    seen = await outputs(engine, max_tokens=3)
+    assert sum(len(o.token_ids) for o in seen) == 3
+    assert (seen[-1].finish_reason, seen[-1].stop_reason) == ("length", None)
+
+
+async def stop_is_the_end_of_the_text(engine: Engine) -> None:
+    """A stop string ends the text, is the last of it, and is reported."""
+    [whole] = await outputs(engine, max_tokens=400, deltas=False)
+    assert whole.finish_reason == "stop"
+    assert whole.stop_reason == "USER:"
+    assert whole.text.endswith("USER:")
+    assert whole.text.count("USER:") == 1
+
+
+async def choices_have_an_index(engine: Engine) -> None:
+    """Each of `n` choices comes under its index and ends once."""
+    seen = await outputs(engine, n=3, temperature=0.75, max_tokens=4)
+    for index in range(3):
+        mine = [o for o in seen if o.index == index]
+        assert sum(len(o.token_ids) for o in mine) <= 4
+        assert [o.finish_reason is not None for o in mine].count(True) == 1
+
+
+async def logprobs_name_their_token(engine: Engine) -> None:
+    """With logprobs, each token has a place, and is in it."""
+    seen = await outputs(engine, logprobs=2, max_tokens=4)
+    places = [place for o in seen for place in o.logprobs or ()]
+    tokens = [t for o in seen for t in o.token_ids]
+    assert len(places) == len(tokens) == 4
+    for token, place in zip(tokens, places, strict=True):
+        assert place[token].logprob <= 0
+    assert all(o.logprobs is None for o in await outputs(engine, max_tokens=2))
+
+
+async def leaving_is_allowed(engine: Engine) -> None:
+    """Closing the stream half-way, or cancelling a task in it, ends the request quietly."""
+    tokens = await engine.tokenize(PROMPT)
+    work = Work(request_id="left", prompt_token_ids=tokens, sampling=Sampling(max_tokens=400))
+    async with aclosing(engine.generate(work)) as steps:
+        await anext(steps)
+
+    async def consume() -> None:
+        async with aclosing(engine.generate(work)) as steps:
+            async for _ in steps:
+                pass
+
+    task = asyncio.create_task(consume())
+    await asyncio.sleep(0.02)
+    task.cancel()
+    await asyncio.wait((task,))
+    engine.check()
+
+
+CHECKS = [
+    tokens_carry_the_text,
+    deltas_add_up,
+    length_ends,
+    stop_is_the_end_of_the_text,
+    choices_have_an_index,
+    logprobs_name_their_token,
+    leaving_is_allowed,
+]

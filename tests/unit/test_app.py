@@ -1,0 +1,534 @@
+"""The edge over a scripted engine, on a real socket, with real clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import openai
+import pytest
+from serving import Running, running, wait_until
+
+from synthia_vllm.errors import EngineFault, StartupError
+from synthia_vllm.fake import FakeEngine
+from synthia_vllm.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+PIECES = (" \n", " He", "llo", ".", " \n", "US", "ER", ": next", " question")
+USER = {"role": "user", "content": "Hi"}
+BODY: dict[str, Any] = {"model": "synthia-demo", "messages": [USER]}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Running]:
+    with running(FakeEngine(PIECES)) as here:
+        yield here
+
+
+def post(server: Running, body: Any = None, **options: Any) -> httpx.Response:
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body or BODY, **options)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON events of a stream; checks its framing."""
+    *blocks, last, rest = response.text.split("\n\n")
+    assert rest == ""
+    found = [json.loads(block.removeprefix("data: ")) for block in blocks]
+    if last == "data: [DONE]":
+        return found
+    return [*found, json.loads(last.removeprefix("data: "))]
+
+
+def test_stream_is_the_plain_answer(server: Running) -> None:
+    """Streamed deltas joined are the plain content; so are the counts and the reasons."""
+    client = server.client
+    plain = client.chat.completions.create(**BODY)
+    chunks = list(
+        client.chat.completions.create(**BODY, stream=True, stream_options={"include_usage": True})
+    )
+    *chunks, last = chunks
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "Hello."
+    assert plain.choices[0].message.content == "Hello."
+    assert plain.usage == last.usage
+    assert [c.choices[0].finish_reason for c in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert plain.choices[0].finish_reason == "stop"
+    assert plain.choices[0].model_extra["stop_reason"] == "USER:"
+    assert all(c.usage is None for c in chunks)
+
+
+def test_first_event_has_the_first_text(server: Running) -> None:
+    """No event before the first text; that one brings the role. None is empty."""
+    first, *others = events(post(server, BODY | {"stream": True}))
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "He"}
+    assert [e["choices"][0]["delta"] for e in others] == [
+        {"content": "llo"}, {"content": "."}, {}
+    ]  # fmt: skip
+
+
+def test_empty_answer_is_an_answer() -> None:
+    """A model that says nothing gives an empty content, streamed and not."""
+    with running(FakeEngine((" \n",))) as server:
+        assert post(server).json()["choices"][0]["message"]["content"] == ""
+        [only] = events(post(server, BODY | {"stream": True}))
+        assert only["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+
+
+def test_marker_never_leaves(server: Running) -> None:
+    """With `min_tokens` the engine looks away from stops; the marker still ends the answer."""
+    for extra in (
+        {"min_tokens": 30},
+        {"ignore_eos": True},
+        {"n": 3, "min_tokens": 30},
+        {"logprobs": True, "top_logprobs": 2, "min_tokens": 30},
+    ):
+        streamed = post(server, BODY | extra | {"stream": True})
+        plain = post(server, BODY | extra)
+        for response in (streamed, plain):
+            assert response.status_code == 200
+            text = response.text.replace('"stop_reason":"USER:"', "")
+            assert "US" not in text
+            assert "next" not in text
+        for choice in plain.json()["choices"]:
+            assert choice["message"]["content"] == "Hello."
+            assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", "USER:")
+
+
+def test_own_stop(server: Running) -> None:
+    """A request's own stop ends the answer before `USER:` and is reported."""
+    choice = post(server, BODY | {"stop": ["zzz", "lo"]}).json()["choices"][0]
+    assert choice["message"]["content"] == "Hel"
+    assert choice["stop_reason"] == "lo"
+    assert server.engine.seen[-1].sampling.stop == ("USER:", "zzz", "lo")  # type: ignore[attr-defined]
+
+
+def test_logprobs_are_of_the_answer(server: Running) -> None:
+    """The tokens reported are those of the answer's text, streamed and not, to the byte."""
+    wanted = {"logprobs": True, "top_logprobs": 1}
+    plain = post(server, BODY | wanted).json()["choices"][0]["logprobs"]["content"]
+    assert "".join(place["token"] for place in plain) == "Hello."
+    assert bytes(b for place in plain for b in place["bytes"]) == b"Hello."
+    streamed = events(post(server, BODY | wanted | {"stream": True}))
+    places = [e["choices"][0]["logprobs"]["content"] for e in streamed]
+    assert [place for content in places for place in content] == plain
+
+
+def test_logprobs_of_split_characters() -> None:
+    """A character made of several tokens is reported with all of them."""
+    with running(FakeEngine((" é", "😀", "ü", "\nUSER:"))) as server:
+        body = BODY | {"logprobs": True}
+        places = post(server, body).json()["choices"][0]["logprobs"]["content"]
+        assert bytes(b for place in places for b in place["bytes"]).decode() == "é😀ü"
+
+
+def test_card_defaults_reach_the_engine(server: Running) -> None:
+    """A request that asks for nothing gets the card's sampling; one that does, its own."""
+    post(server)
+    asked = server.engine.seen[-1].sampling  # type: ignore[attr-defined]
+    assert (asked.temperature, asked.top_p, asked.top_k, asked.max_tokens) == (0.75, 1.0, 50, 1024)
+    own = {
+        "temperature": 0.0, "top_p": 0.5, "top_k": -1, "min_p": 0.1, "max_tokens": 7, "seed": 3,
+        "presence_penalty": 1.0, "frequency_penalty": -1.0, "repetition_penalty": 1.2,
+        "ignore_eos": True,
+    }  # fmt: skip
+    post(server, BODY | own | {"logit_bias": {"5": -100}, "max_completion_tokens": 7})
+    asked = server.engine.seen[-1].sampling  # type: ignore[attr-defined]
+    assert {name: getattr(asked, name) for name in own} == own
+    assert asked.logit_bias == {5: -100}
+
+
+def test_structured_outputs_reach_the_engine(server: Running) -> None:
+    """`json_object` asks for any object, `json_schema` for its schema, `text` for neither."""
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    for wanted, expected in (
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {}),
+        ({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, schema),
+    ):
+        assert post(server, BODY | {"response_format": wanted}).status_code == 200
+        assert server.engine.seen[-1].sampling.json_schema == expected  # type: ignore[attr-defined]
+
+
+def test_presets_by_model_name(server: Running) -> None:
+    """The `-tot` name puts the card's sentence in front, unless the request has its own."""
+
+    def prompt() -> str:
+        ids = server.engine.seen[-1].prompt_token_ids  # type: ignore[attr-defined]
+        return b"".join(server.engine.token_bytes(i) for i in ids).decode()
+
+    answer = post(server, BODY | {"model": "synthia-demo-tot"}).json()
+    assert answer["model"] == "synthia-demo-tot"
+    assert prompt().startswith("SYSTEM: Elaborate on the topic using a Tree of Thoughts")
+    own = [{"role": "developer", "content": "Be brief."}, USER]
+    post(server, BODY | {"model": "synthia-demo-tot", "messages": own})
+    assert prompt() == "SYSTEM: Be brief.\nUSER: Hi\nASSISTANT:"
+    post(server)
+    assert prompt() == "USER: Hi\nASSISTANT:"
+
+
+def test_content_parts_are_joined(server: Running) -> None:
+    """A content given in parts, as `vllm bench serve` sends it, is one text."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    by_parts = post(server, BODY | {"messages": [{"role": "user", "content": parts}]}).json()
+    whole = post(server, BODY | {"messages": [{"role": "user", "content": "a\nb"}]}).json()
+    assert by_parts["usage"] == whole["usage"]
+
+
+def test_continued_answer() -> None:
+    """A last assistant message is continued: the space between the texts is kept."""
+    with running(FakeEngine((" is", " large. ", "\nUSER:"))) as server:
+        messages = [USER, {"role": "assistant", "content": "The Orca "}]
+        for extra in ({}, {"continue_final_message": True}):
+            body = BODY | extra | {"messages": messages}
+            assert post(server, body).json()["choices"][0]["message"]["content"] == " is large."
+        refused = post(server, BODY | {"messages": messages, "continue_final_message": False})
+        assert refused.json()["error"]["param"] == "continue_final_message"
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"model": "gpt-4"}, "model", "synthia-demo-tot"),
+        ({"tools": [{"type": "function"}]}, "tools", "not trained to call tools"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "tool"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0].type",
+            "text only",
+        ),
+        ({"messages": [USER | {"name": "Bob"}]}, "messages[0].name", "name"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "None"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"temperature": "1"}, "temperature", "number"),
+        ({"n": 100}, "n", "16"),
+        ({"n": 2, "temperature": 0}, "n", "temperature 0"),
+        ({"stop": ["a", ""]}, "stop[1]", "at least 1"),
+        ({"stop": ["a"] * 17}, "stop", "16"),
+        ({"max_tokens": 0}, "max_tokens", "1"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "mean the same"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most 4"),
+        ({"top_logprobs": 2}, "top_logprobs", "logprobs: true"),
+        (
+            {"stream_options": {"include_usage": True}, "stream": False},
+            "stream_options",
+            "stream: true",
+        ),
+        ({"logit_bias": {"32000": 1}}, "logit_bias", "32000"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x", "match"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        ({"seed": 2**64}, "seed", "less than or equal"),
+        ({"frobnicate": 1}, "frobnicate", "not supported"),
+        ({"store": True}, "store", "not supported"),
+        ({"stream_options": {"x": 1}, "stream": True}, "stream_options.x", "not supported"),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusal_names_the_field(
+    server: Running, change: dict[str, Any], param: str, said: str, stream: bool
+) -> None:
+    """A request that cannot be served gets a 4xx in OpenAI's envelope, streamed or not."""
+    response = post(server, BODY | {"stream": stream} | change)
+    assert response.status_code in (400, 404)
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [{"tools": None}, {"tools": []}, {"tool_choice": "none"}, {"store": False}, {"user": "u"},
+     {"metadata": {"a": "b"}}, {"service_tier": "auto"}, {"logprobs": False}, {"stop": None},
+     {"messages": [USER, {"role": "assistant", "content": "a", "refusal": None,
+                          "tool_calls": None, "annotations": []}, USER]}],
+)  # fmt: skip
+def test_asking_for_nothing_is_fine(server: Running, nothing: dict[str, Any]) -> None:
+    """Fields clients send by habit, with values that ask for nothing, are no reason to refuse."""
+    assert post(server, BODY | nothing).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"", "application/json", 400),
+        (b"{", "application/json", 400),
+        (b"[]", "application/json", 400),
+        (b"\xff\xfe", "application/json", 400),
+        (b'{"model":"\\ud800"}', "application/json", 400),
+        (b"[" * 100_000, "application/json", 400),
+        (b'{"model":"m","messages":[],"n":' + b"9" * 5000 + b"}", "application/json", 400),
+        (json.dumps(BODY).encode(), "text/plain", 400),
+        (b" " * (4 * 1024 * 1024 + 1), "application/json", 413),
+    ],
+)  # fmt: skip
+def test_bad_bodies(server: Running, content: bytes, kind: str, status: int) -> None:
+    """No body gives a 500: each gets its 4xx in the envelope."""
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions", content=content, headers={"Content-Type": kind}
+    )
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_body_without_length_is_limited(server: Running) -> None:
+    """A chunked body is refused as soon as it is too large."""
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions",
+        content=(b" " * 65536 for _ in range(80)),
+        headers={"Content-Type": "application/json"},
+    )
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/v1/chat/completions", 405), ("POST", "/v1/models", 405), ("GET", "/nope", 404),
+     ("GET", "/v1/models/nope", 404)],
+)  # fmt: skip
+def test_wrong_routes(server: Running, method: str, path: str, status: int) -> None:
+    """Unknown routes, methods and models get the envelope too."""
+    response = httpx.request(method, server.url + path)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+
+
+# --- long conversations -----------------------------------------------------------------------
+
+
+def long_conversation(turns: int) -> list[dict[str, str]]:
+    """A system message, `turns` exchanges of about 100 fake tokens each, and a question."""
+    messages = [{"role": "system", "content": "S" * 50}]
+    for turn in range(turns):
+        messages += [
+            {"role": "user", "content": f"question {turn} " + "x" * 30},
+            {"role": "assistant", "content": f"answer {turn} " + "y" * 30},
+        ]
+    return [*messages, {"role": "user", "content": "last"}]
+
+
+def test_overflow_error(server: Running) -> None:
+    """A prompt beyond the context is a 400 that says the tokens counted and the limit."""
+    error = post(server, BODY | {"messages": long_conversation(40)}).json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert "2048" in error["message"]
+    client = server.client
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="synthia-demo", messages=long_conversation(40))  # type: ignore[arg-type]
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_max_tokens_is_cut_to_the_room(server: Running) -> None:
+    """`max_tokens` beyond what the context leaves is cut to it, up to the last token."""
+    content = "x" * (2048 - len("USER: \nASSISTANT:") - 1 - 1)
+    body = BODY | {"messages": [{"role": "user", "content": content}], "max_tokens": 10**9}
+    answer = post(server, body).json()
+    assert answer["usage"]["prompt_tokens"] == 2047
+    assert server.engine.seen[-1].sampling.max_tokens == 1  # type: ignore[attr-defined]
+    body["messages"] = [{"role": "user", "content": content + "x"}]
+    assert post(server, body).json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_overflow_drop_oldest() -> None:
+    """Whole exchanges go, oldest first, as few as it takes; header and usage say how many."""
+    with running(FakeEngine(PIECES), overflow="drop-oldest") as server:
+        messages = long_conversation(40)
+        response = post(server, BODY | {"messages": messages})
+        dropped = int(response.headers["x-synthia-dropped-messages"])
+        usage = response.json()["usage"]
+        assert usage["prompt_tokens_details"]["dropped_messages"] == dropped
+        assert dropped % 2 == 0
+        work = server.engine.seen[-1]  # type: ignore[attr-defined]
+        text = b"".join(server.engine.token_bytes(i) for i in work.prompt_token_ids).decode()
+        first = dropped // 2
+        assert text.startswith("SYSTEM: " + "S" * 50 + f"\nUSER: question {first} ")
+        assert text.endswith("\nUSER: last\nASSISTANT:")
+        # One exchange fewer dropped would not have left the reserve.
+        one_more = len(f"USER: question {first} \nASSISTANT: answer {first} \n") + 60
+        assert usage["prompt_tokens"] + 256 <= 2048 < usage["prompt_tokens"] + 256 + one_more
+        short = post(server, BODY)
+        assert "x-synthia-dropped-messages" not in short.headers
+        huge = post(server, BODY | {"messages": [{"role": "user", "content": "x" * 3000}]})
+        assert huge.json()["error"]["code"] == "context_length_exceeded"
+
+
+# --- faults and clients that leave ------------------------------------------------------------
+
+
+def test_fault_before_the_first_token_is_a_status() -> None:
+    """An error before anything was sent has its own status, streamed or not."""
+    with running(FakeEngine(fault=EngineFault())) as server:
+        for stream in (False, True):
+            response = post(server, BODY | {"stream": stream})
+            assert response.status_code == 500
+            assert response.json()["error"]["code"] == "engine_fault"
+
+
+def test_fault_in_a_stream_is_an_event() -> None:
+    """Later it is the last event, in the same envelope; no `[DONE]` pretends success."""
+    with running(FakeEngine(fault=EngineFault(), fault_at=2)) as server:
+        response = post(server, BODY | {"stream": True})
+        assert response.status_code == 200
+        assert "[DONE]" not in response.text
+        assert events(response)[-1]["error"]["code"] == "engine_fault"
+        client = server.client
+        with pytest.raises(openai.APIError, match="failed at this request"):
+            list(client.chat.completions.create(**BODY, stream=True))
+
+
+class _Breaks(FakeEngine):
+    """An engine with a bug, or one that stops without saying so."""
+
+    async def generate(self, work: Any) -> Any:
+        for step in self._steps(work)[:1]:
+            yield step
+        if self.delay:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("delay", [0.0, 1.0], ids=["no end", "a bug"])
+def test_faults_of_our_own_stay_in_the_envelope(
+    delay: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream without its end, and any exception at all, is an error the client can read."""
+    with running(_Breaks(PIECES, delay=delay)) as server:
+        assert post(server).json()["error"]["code"] == "engine_fault"
+        assert events(post(server, BODY | {"stream": True}))[-1]["error"]["code"] == "engine_fault"
+    assert ("ZeroDivisionError" in caplog.text) == bool(delay)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves_is_noticed(stream: bool) -> None:
+    """When the connection goes, the request is freed in the engine, also on the plain route."""
+    with running(FakeEngine((" a",) * 1000, delay=0.01)) as server:
+        body = json.dumps(BODY | {"stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", int(server.url.rsplit(":", 1)[1]))) as raw:
+            raw.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n"
+                b"Content-Type: application/json\r\nX-Request-Id: gone\r\n"
+                b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+            )
+            if stream:
+                assert raw.recv(15) == b"HTTP/1.1 200 OK"
+            else:
+                wait_until(lambda: server.engine.seen)  # type: ignore[attr-defined]
+        wait_until(lambda: server.engine.aborted == ["gone"])  # type: ignore[attr-defined]
+        wait_until(lambda: server.value("synthia_requests_in_flight") == 0)
+        assert server.value("synthia_aborted_by_client_total", model="synthia-demo") == 1
+
+
+# --- life -------------------------------------------------------------------------------------
+
+
+class _Slow(FakeEngine):
+    """Starts when it is told to."""
+
+    async def start(self, progress: Callable[[str], None]) -> None:
+        await asyncio.to_thread(wait_until, lambda: not self.dead)
+
+
+def test_phases() -> None:
+    """`/health` and `/ready` tell starting, serving, draining and dead apart, as do requests."""
+
+    def statuses(server: Running) -> tuple[int, int, int]:
+        paths = ("/health", "/ready")
+        found = [httpx.get(server.url + path).status_code for path in paths]
+        return found[0], found[1], post(server).status_code
+
+    engine = _Slow(PIECES, dead=True)
+    with running(engine, ready=False) as server:
+        assert statuses(server) == (503, 503, 503)
+        assert post(server).headers["retry-after"]
+        engine.dead = False
+        wait_until(lambda: server.app.state.service.phase == "serving")
+        assert statuses(server) == (200, 200, 200)
+        server.app.state.service.phase = "draining"
+        assert statuses(server) == (200, 503, 503)
+        server.app.state.service.phase = "serving"
+        engine.dead = True
+        wait_until(lambda: server.app.state.service.phase == "dead")
+        assert statuses(server) == (503, 503, 503)
+        assert post(server).json()["error"]["code"] == "engine_dead"
+
+
+class _Broken(FakeEngine):
+    """Does not start."""
+
+    async def start(self, progress: Callable[[str], None]) -> None:
+        raise StartupError("no weights")
+
+
+def test_failed_start_is_known() -> None:
+    """An engine that cannot start leaves its reason for the command line to print."""
+    with running(_Broken(), ready=False) as server:
+        wait_until(lambda: server.app.state.service.phase == "dead")
+        assert str(server.app.state.service.failure) == "no weights"
+
+
+def test_request_id(server: Running) -> None:
+    """The client's request id is used and returned; a senseless one is replaced."""
+    response = post(server, headers={"X-Request-Id": "abc-1"})
+    assert response.headers["x-request-id"] == "abc-1"
+    assert response.json()["id"] == "chatcmpl-abc-1"
+    assert post(server, headers={"X-Request-Id": "a b"}).headers["x-request-id"] != "a b"
+
+
+def test_models(server: Running) -> None:
+    """Both names are listed with the context's size, and can be asked for one by one."""
+    client = server.client
+    listed = client.models.list().data
+    assert [m.id for m in listed] == ["synthia-demo", "synthia-demo-tot"]
+    assert listed[0].model_extra["max_model_len"] == 2048
+    assert client.models.retrieve("synthia-demo-tot").id == "synthia-demo-tot"
+
+
+def test_metrics_count_what_happened() -> None:
+    """Each series of the edge moves by what one request of each kind did, and no more."""
+    with running(FakeEngine(PIECES)) as server:
+        messages = [{"role": "user", "content": "a\nUSER: b"}]
+        plain = post(server, BODY | {"messages": messages}).json()["usage"]
+        post(server, BODY | {"stream": True})
+        post(server, BODY | {"n": 1000})
+        post(server, BODY | {"model": "nobody's"})
+        httpx.get(f"{server.url}/v1/models")
+        httpx.get(f"{server.url}/unknown/path")
+        name = {"model": "synthia-demo"}
+        chat = {"route": "/v1/chat/completions"}
+        assert server.value("synthia_requests_total", status="200", **chat, **name) == 2
+        assert server.value("synthia_requests_total", status="400", model="", **chat) == 1
+        assert server.value("synthia_requests_total", status="404", model="", **chat) == 1
+        assert server.value("synthia_requests_total", route="other", model="", status="404") == 1
+        assert server.value("synthia_finished_total", reason="stop", **name) == 2
+        assert server.value("synthia_time_to_first_token_seconds_count", **name) == 1
+        assert server.value("synthia_inter_token_latency_seconds_count", **name) == 3
+        assert server.value("synthia_end_to_end_seconds_count", **name) == 2
+        assert server.value("synthia_answer_tokens_total", **name) == 2 * plain["completion_tokens"]
+        assert server.value("synthia_escaped_markers_total", **name) == 1
+        shown = httpx.get(f"{server.url}/metrics").text
+        assert "nobody" not in shown
+        assert "unknown/path" not in shown
+
+
+def test_openapi_describes_the_chat_route(server: Running) -> None:
+    """The OpenAPI document has every route and every field of a chat request."""
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    assert "/v1/chat/completions" in document["paths"]
+    fields = document["components"]["schemas"]["ChatRequest"]["properties"]
+    assert {"messages", "stop", "top_k", "response_format"} <= set(fields)
+
+
+def test_no_log_line_has_a_prompt(server: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """A request is logged by its counts and times, never by its text."""
+    caplog.set_level("INFO")
+    post(server, BODY | {"messages": [{"role": "user", "content": "my secret"}]})
+    assert "prompt=" in caplog.text
+    assert "secret" not in caplog.text
+    assert Settings().log_level == "info"
