@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from synthia_vllm import __version__
+from synthia_vllm import __version__, terminal
 from synthia_vllm.errors import StartupError
 
 if TYPE_CHECKING:
@@ -94,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
         "--print-config", action="store_true", help="show the resulting configuration and exit"
     )
     serve.set_defaults(run=_serve)
+
+    chat = commands.add_parser("chat", help="talk to a running server", allow_abbrev=False)
+    terminal.add_arguments(chat)
+    chat.set_defaults(run=terminal.run)
     return parser
 
 
@@ -148,7 +152,7 @@ def _serve(args: argparse.Namespace) -> int:
 
         model = str(ensure_demo(progress))
     else:
-        check_model(model)
+        check_model(model, progress)
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to be fetched: ask nobody
     server: Server | None = None

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
-    from synthia_vllm.app import Service
+    from synthia_vllm.service import Service
     from synthia_vllm.settings import Settings
 
 

@@ -171,7 +171,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     _engine_args("placeholder", options)
 
 
-def check_model(model: str) -> None:
+def check_model(model: str, progress: Callable[[str], None]) -> None:
     """Raise `StartupError` in plain words if `model` can be had neither here nor from the hub."""
     ways_out = (
         f"Ways out: give a directory that holds the weights (--model /path/to/{Path(model).name}), "
@@ -188,6 +188,12 @@ def check_model(model: str) -> None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    try:
+        hf_hub_download(model, "config.json", local_files_only=True)
+        return
+    except (LocalEntryNotFoundError, HFValidationError):
+        progress(f"asking the model hub for {model}")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five tries, two lines each
     try:
         hf_hub_download(model, "config.json")
     except HFValidationError as error:

