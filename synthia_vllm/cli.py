@@ -171,7 +171,9 @@ def _serve(args: argparse.Namespace) -> int:
     server = Server(app, settings)
     server.run()
     failure = app.state.service.failure
-    if failure is not None:
+    if isinstance(failure, StartupError):
+        raise failure
+    if failure is not None:  # the engine died: a supervisor should start us again
         print(f"synthia-vllm: {failure}", file=sys.stderr)
         return 1
     return 0

@@ -154,7 +154,7 @@ class Animal(BaseModel):
     """What `.parse` is asked for."""
 
     model_config = ConfigDict(extra="forbid")
-    kind: bool
+    name: str
     legs: int
 
 
@@ -164,9 +164,10 @@ def test_structured_outputs(live: Running) -> None:
         model="synthia-demo",
         messages=[{"role": "user", "content": "Give me an animal as JSON."}],
         response_format=Animal,
+        temperature=0,
         max_tokens=100,
     )
-    assert isinstance(parsed.choices[0].message.parsed, Animal)
+    assert parsed.choices[0].message.parsed == Animal(name="Orca", legs=0)
     body = BODY | {"response_format": {"type": "json_object"}, "max_tokens": 30, "temperature": 0}
     assert post(live, body).json()["choices"][0]["message"]["content"].startswith("{")
 

@@ -56,15 +56,15 @@ def alive(pid: int) -> bool:
 
 
 @contextmanager
-def command(demo: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def command(demo: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`synthia-vllm serve --model demo` as a process; nothing of it is left behind."""
     port = free_port()
-    process = subprocess.Popen(
-        [COMMAND, "serve", "--model", "demo", "--port", str(port)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"XDG_CACHE_HOME": str(demo.parent.parent)},
-    )
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [COMMAND, "serve", "--model", "demo", "--port", str(port)],
+            stderr=stderr,
+            env=os.environ | {"XDG_CACHE_HOME": str(demo.parent.parent)},
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         # While the engine starts, the server is there and says so.
@@ -73,19 +73,19 @@ def command(demo: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
         assert status(f"{url}/health") == 503
         assert httpx.post(f"{url}/v1/chat/completions", json=LONG).status_code == 503
         wait_until(lambda: status(f"{url}/ready") == 200 or process.poll() is not None, 240)
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, log.read_text()
         below = [pid for pid, _ in children(process.pid)]
         yield process, url
         wait_until(lambda: not any(alive(pid) for pid in below), 30)
     finally:
         if process.poll() is None:
             process.kill()
-        process.communicate()
+        process.wait()
 
 
-def test_sigterm_drains(demo: Path) -> None:
+def test_sigterm_drains(demo: Path, tmp_path: Path) -> None:
     """SIGTERM: a running stream ends whole, new requests get 503, the exit code is 0."""
-    with command(demo) as (process, url):
+    with command(demo, tmp_path / "log") as (process, url):
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
@@ -98,15 +98,15 @@ def test_sigterm_drains(demo: Path) -> None:
             assert done == "data: [DONE]"
             assert json.loads(last.removeprefix("data: "))["choices"][0]["finish_reason"]
         assert process.wait(60) == 0
-        said = process.communicate()[1]
+    said = (tmp_path / "log").read_text()
     steps = [line for line in said.splitlines() if line.startswith("[")]
     assert [step.split("] ")[1].split()[0] for step in steps] == ["loading", "starting", "ready:"]
     assert "Traceback" not in said
 
 
-def test_death_of_the_engine(demo: Path) -> None:
+def test_death_of_the_engine(demo: Path, tmp_path: Path) -> None:
     """SIGKILL of the engine core: open streams get an error event, the process exits with 1."""
-    with command(demo) as (process, url):
+    with command(demo, tmp_path / "log") as (process, url):
         [core] = [pid for pid, line in children(process.pid) if "EngineCore" in line]
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as response:
             lines = response.iter_lines()
