@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm.errors import StartupError
-from synthia_vllm.prompt import TREE_OF_THOUGHT, Message, PromptFormat, render
+from synthia_vllm.prompt import TREE_OF_THOUGHT, TURN_STOP, Message, PromptFormat, render
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -342,14 +342,15 @@ class _Reader:
         return _Tokens(made.ids[: length + 1], made.weights[: length + 1])
 
     def recital(self, turns: Sequence[Turn], system: str | None, fmt: PromptFormat) -> _Tokens:
-        """The conversation of `turns`, in which only the last answer and the cue after it count."""
+        """The conversation of `turns`, in which the last answer and the stop after it count."""
         messages = [Message("system", system)] if system else []
         for turn in turns[:-1]:
             messages += [Message("user", turn.user), Message("assistant", turn.assistant)]
         messages.append(Message("user", turns[-1].user))
         ids = self._tokenizer.encode(render(messages, fmt)).ids
-        end = render([Message("assistant", ""), Message("user", "")], fmt)[len("ASSISTANT: ") :]
-        after = self._piece(("" if ids[-1] == _LONE_SPACE else " ") + turns[-1].assistant + end)[0]
+        lead = "" if ids[-1] == _LONE_SPACE else " "
+        end = "\n" if fmt is PromptFormat.DOCUMENTED else " \n"
+        after = self._piece(lead + turns[-1].assistant + end + TURN_STOP)[0]
         return _Tokens(ids + after, [0.0] * len(ids) + [1.0] * len(after))
 
     def _turns(self) -> Iterator[tuple[str, str]]:

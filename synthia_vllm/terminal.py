@@ -13,6 +13,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -22,6 +23,7 @@ from synthia_vllm.prompt import TREE_OF_THOUGHT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from types import FrameType
 
     from openai import APIError, OpenAI
     from openai.types.chat import ChatCompletionMessageParam
@@ -149,6 +151,7 @@ class _Chat:
             _say(f"{self._model} at {self._args.url}{where}. /help lists the commands.")
         interrupted = False
         while True:
+            self._hear_interrupts(True)
             try:
                 line = self._read()
             except EOFError:
@@ -171,6 +174,11 @@ class _Chat:
             elif line.strip():
                 self._ask(line.removeprefix("/"))
         return 1 if self._failed and not self._interactive else 0
+
+    def _hear_interrupts(self, hear: bool) -> None:
+        """On a terminal: whether the next Ctrl-C raises, once, or is passed over."""
+        if self._interactive:
+            signal.signal(signal.SIGINT, _interrupt_once if hear else signal.SIG_IGN)
 
     def _read(self) -> str:
         if not self._interactive or sys.stdout.isatty():
@@ -226,6 +234,7 @@ class _Chat:
             problem = _LOST
         self._failed |= problem is not None
 
+        self._hear_interrupts(False)  # an impatient second Ctrl-C must not lose the turn
         answer = "".join(parts)
         if answer or finish or (stopped and self._interactive):
             print(flush=True)
@@ -299,6 +308,12 @@ class _Chat:
             if not self._told_unsaved:
                 self._told_unsaved = True
                 _say(f"Cannot save to {self._args.save}: {error.strerror}. The chat goes on.")
+
+
+def _interrupt_once(_signal: int, _frame: FrameType | None) -> None:
+    """Raise for the first Ctrl-C; more are passed over until the loop hears again."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _explain(error: APIError, url: str, *, begun: bool = False) -> str:

@@ -479,6 +479,22 @@ def test_ctrl_c_before_the_answer(
     assert (tmp_path / FILE).read_bytes() == by_the_card(tmp_path / "card", [("Ho", "Hello.")])
 
 
+def test_ctrl_c_again_and_again(
+    terminal: Callable[..., Terminal], server: Running, engine: FakeEngine, tmp_path: Path
+) -> None:
+    """An impatient user loses nothing: what was shown is kept and saved all the same."""
+    chat = terminal(server.url)
+    engine.pieces, engine.delay = [" long"] * 2000, 0.02
+    chat.type("Hi\n")
+    chat.expect("long long")
+    for _ in range(3):
+        chat.type(CTRL_C)
+    chat.expect("Stopped. What arrived is kept.")
+    wait_until(lambda: len(engine.aborted) == 1)
+    assert len((tmp_path / FILE).read_text().splitlines()) == 1
+    assert "Traceback" not in chat.shown
+
+
 def test_ctrl_c_at_the_prompt(terminal: Callable[..., Terminal], server: Running) -> None:
     """The first Ctrl-C at the prompt is answered by a hint, the second in a row quits."""
     chat = terminal(server.url)
