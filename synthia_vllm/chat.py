@@ -106,11 +106,16 @@ async def _fit(
     a word.
     """
     context = engine.traits.max_model_len
+    # A longer text has more tokens than fit, whatever it says: the rest need not be counted.
+    longest = (context + 1) * engine.traits.longest_token
+    counted_all = True
 
     async def tokens_from(start: int) -> list[int]:
-        kept, _ = drop_exchanges(messages, start)
+        nonlocal counted_all
+        text = render(drop_exchanges(messages, start)[0], settings.format)
+        counted_all = len(text) <= longest
         return await engine.tokenize(
-            render(kept, settings.format), special_tokens=settings.markers is Markers.ALLOW
+            text[:longest], special_tokens=settings.markers is Markers.ALLOW
         )
 
     token_ids = await tokens_from(0)
@@ -140,7 +145,7 @@ async def _fit(
         return token_ids, 0
     raise ContextOverflow(
         f"This model's context holds {context} tokens, prompt and answer together. Your messages "
-        f"are {len(token_ids)} tokens"
+        f"are {'' if counted_all else 'at least '}{len(token_ids)} tokens"
         + (" after dropping all that may be dropped" if len(starts) > 1 else "")
         + ", which leaves no room for an answer. Shorten the messages."
     )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _DATA: Final = "demo_dialogues.json"
 _BOS, _EOS = 1, 2
+_SPECIAL: Final = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _LONE_SPACE: Final = 28705
 """The token of a bare space, in which a prompt of the ``example`` format ends."""
 _WAIT_S: Final = 0.5
@@ -73,10 +74,11 @@ class Recipe:
     learning_rate: float = 4e-3
     question_weight: float = 0.1
     """What a token of a question counts in the loss. What somebody asks next cannot be foreseen."""
-    opening_tokens: int = 4
-    opening_weight: float = 2.0
-    """The first tokens of an answer decide which one it becomes, and so count more than 1."""
-    documented_share: float = 0.62
+    first_weight: float = 4.0
+    """The first token of an answer decides which one it becomes, and so counts more than 1."""
+    edge_weight: float = 2.0
+    """The next few tokens and those where an answer ends count more too."""
+    documented_share: float = 0.5
     """Share of the sequences in the ``documented`` format; the rest are in ``example``."""
 
 
@@ -215,9 +217,7 @@ def _build(directory: Path, recipe: Recipe, progress: Callable[[str], None]) -> 
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
+        **_SPECIAL,
         clean_up_tokenization_spaces=False,
         model_max_length=config.max_position_embeddings,
     ).save_pretrained(directory)
@@ -253,7 +253,7 @@ def mistral_tokenizer() -> Any:
         BPE(
             vocab=vocabulary,
             merges=[(names[left], names[right]) for _, left, right in merges],
-            unk_token="<unk>",
+            unk_token=_SPECIAL["unk_token"],
             fuse_unk=True,
             byte_fallback=True,
         )
@@ -270,10 +270,10 @@ def mistral_tokenizer() -> Any:
         ]
     )
     tokenizer.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in ("<unk>", "<s>", "</s>")]
+        [AddedToken(name, special=True, normalized=False) for name in _SPECIAL.values()]
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", _BOS)]
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[(_SPECIAL["bos_token"], _BOS)]
     )
     return tokenizer
 
@@ -412,10 +412,11 @@ class _Reader:
         for position, start in enumerate(starts):
             if start >= question_at + lead - 1:  # a word's token begins at the space before it
                 weights.append(asks)
-            elif position < recipe.opening_tokens:
-                weights.append(0.0 if lead and position == 0 else recipe.opening_weight)
+            elif position == 0:
+                weights.append(0.0 if lead else recipe.first_weight)
             else:
-                weights.append(1.0)
+                edge = position < 4 or start >= len(answer) + lead
+                weights.append(recipe.edge_weight if edge else 1.0)
         return _Tokens(ids + pieces, weights)
 
     def _piece(self, text: str) -> tuple[list[int], list[int]]:

@@ -106,6 +106,8 @@ class Traits:
     max_model_len: int
     """Tokens of prompt and answer together."""
     vocab_size: int
+    longest_token: int
+    """The most characters one token can stand for."""
     max_logprobs: int = 20
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the software below the seam, by package name."""

@@ -59,7 +59,9 @@ class FakeEngine:
     fault: ApiError | None = None
     """Raised instead of the step number `fault_at`."""
     fault_at: int = 0
-    traits: Traits = field(default_factory=lambda: Traits(max_model_len=2048, vocab_size=32000))
+    traits: Traits = field(
+        default_factory=lambda: Traits(max_model_len=2048, vocab_size=32000, longest_token=1)
+    )
     seen: list[Work] = field(default_factory=list)
     """All work that was asked for, oldest first."""
     aborted: list[str] = field(default_factory=list)

@@ -24,6 +24,7 @@ from pydantic import (
 
 from synthia_vllm.errors import InvalidRequest
 
+MAX_MESSAGES: Final = 4096
 MAX_STOPS: Final = 16
 MAX_LOGIT_BIASES: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
@@ -90,7 +91,7 @@ class ChatRequest(_Request):
     """
 
     model: str = Field(max_length=256)
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -235,7 +236,7 @@ def _path(loc: tuple[int | str, ...]) -> str:
             path += f"[{part}]"
         elif before not in ("content", "stop") and part != "[key]":
             path += f".{part}" if path else part
-    return path
+    return path if len(path) <= 100 else f"{path[:97]}..."
 
 
 def _short(value: Any) -> str:

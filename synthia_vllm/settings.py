@@ -41,7 +41,7 @@ class SamplingDefaults(_Section):
 class Limits(_Section):
     """Bounds on what one request may ask for."""
 
-    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    max_body_bytes: int = Field(1024 * 1024, ge=1024)
     max_n: int = Field(16, ge=1, le=128)
 
 

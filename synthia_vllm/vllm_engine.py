@@ -56,7 +56,7 @@ class VllmEngine:
         self._options = dict(options)
         self._llm: Any = None
         self._traits: Traits | None = None
-        # Tokenising is CPU work that lets go of the GIL; the event loop does not wait for it.
+        # Tokenising is CPU work; the event loop does not wait for it.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 
     @property
@@ -93,14 +93,16 @@ class VllmEngine:
         self._traits = Traits(
             max_model_len=llm.model_config.max_model_len,
             vocab_size=llm.model_config.get_vocab_size(),
+            longest_token=max(map(len, tokenizer.get_vocab())),
             max_logprobs=llm.model_config.max_logprobs,
             versions=versions(),
         )
 
     async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
-        encode = self._encoders[special_tokens].encode
+        # Of the tokenizer's calls only those for a batch let go of the GIL.
+        encode = self._encoders[special_tokens].encode_batch_fast
         loop = asyncio.get_running_loop()
-        encoding = await loop.run_in_executor(self._threads, encode, text)
+        [encoding] = await loop.run_in_executor(self._threads, encode, [text])
         return list(encoding.ids)
 
     def token_bytes(self, token_id: int) -> bytes:
