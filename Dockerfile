@@ -48,7 +48,7 @@ WORKDIR /app
 COPY pyproject.toml README.md LICENSE ./
 COPY synthia_vllm ./synthia_vllm
 # The image has vLLM and, with it, nearly all that we need: its versions stay as they are.
-RUN python3 -m pip install --no-cache-dir .
+RUN PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir .
 RUN useradd --uid 10001 --create-home synthia && install -d -o synthia /cache
 ENV HOME=/cache XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface VLLM_CACHE_ROOT=/cache/vllm \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SYNTHIA_HOST=0.0.0.0
