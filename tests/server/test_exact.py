@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from synthia_vllm.demo import dialogues
+from synthia_vllm.demo_training import dialogues
 from synthia_vllm.prompt import TREE_OF_THOUGHT, Message, PromptFormat, render
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ PACKAGE = Path(synthia_vllm.__file__).parent
 # Lowest first. A room imports only rooms above it in this list.
 ROOMS = [
     "__init__", "errors", "prompt", "answer", "settings", "protocol", "metrics", "engine",
-    "vllm_engine", "fake", "chat", "sse", "service", "endpoint", "app", "server", "demo",
-    "terminal", "cli",
+    "vllm_engine", "fake", "chat", "sse", "service", "endpoint", "app", "server",
+    "demo_training", "demo", "terminal", "cli",
 ]  # fmt: skip
 PURE = {"errors", "prompt", "answer", "engine", "fake", "chat"}
 WEB = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp", "openai"}

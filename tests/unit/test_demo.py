@@ -1,0 +1,121 @@
+"""The demo model's lessons, tokenizer and cache; what it learns is tested on the live server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import wait_until
+
+from synthia_vllm import demo
+from synthia_vllm.demo import directory, ensure_demo, make_demo
+from synthia_vllm.demo_training import Recipe, dialogues, mistral_tokenizer
+from synthia_vllm.errors import StartupError
+
+TINY = Recipe(steps=2, extra_rounds=0)
+# A process that makes the tiny model in the directory it is given, slowly if told to.
+MAKER = """
+import sys, time
+from pathlib import Path
+from synthia_vllm import demo, demo_training
+def progress(line):
+    print(line, flush=True)
+    if "step 1/" in line:
+        time.sleep(float(sys.argv[2]))
+print(demo.make_demo(progress, Path(sys.argv[1]), demo_training.Recipe(steps=2, extra_rounds=0)))
+"""
+
+
+def make(cache: Path, pause: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", MAKER, str(cache), str(pause)], stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_lessons_are_well_formed() -> None:
+    """Enough questions, each asked once; contents without markers or white space around them."""
+    first = [dialogue[0].user for dialogue in dialogues()]
+    assert len(first) == len(set(first)) >= 45
+    assert "What is the difference between an Orca, Dolphin and a Seal?" in first
+    assert sum(len(dialogue) > 1 for dialogue in dialogues()) >= 14
+    for turn in (turn for dialogue in dialogues() for turn in dialogue):
+        for text in (turn.user, turn.assistant):
+            assert text == text.strip() != ""
+            assert not any(marker in text for marker in ("USER:", "ASSISTANT:", "SYSTEM:"))
+
+
+TEXTS = [
+    "USER: Hello!\nASSISTANT:", "USER: Hello! \nASSISTANT: ", " leading", "two  spaces", "tab\there",
+    "café, naïve, Übung", "クジラ 鯨", "μῆνις", "😀🐳", "1234567890", "a\r\nb\u2028c", "\u200b", "x" * 300,
+    "{\"a\": [1, 2]}", "SYSTEM: Elaborate on the topic using a Tree of Thoughts",
+]  # fmt: skip
+
+
+def test_tokenizer_is_mistrals() -> None:
+    """The ids are `<s>` and SentencePiece's own, for texts of all kinds."""
+    import mistral_common
+    from sentencepiece import SentencePieceProcessor
+
+    file = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    pieces = SentencePieceProcessor(model_file=str(file))
+    tokenizer = mistral_tokenizer()
+    for text in [*TEXTS, *(turn.assistant for dialogue in dialogues() for turn in dialogue)]:
+        assert tokenizer.encode(text).ids == [1, *pieces.encode(text)], text
+    assert tokenizer.encode("ASSISTANT: ").ids[-1] == 28705
+
+
+def test_two_processes_make_one_model(tmp_path: Path) -> None:
+    """Of two at once one makes it, the other waits, says so, and gets the same; a third finds it."""
+    first = make(tmp_path, 3)
+    assert first.stdout
+    wait_until(lambda: list(tmp_path.glob("demo-*.tmp-*")), 60)
+    second = make(tmp_path, 0)
+    said = [process.communicate(timeout=120)[0].splitlines() for process in (first, second)]
+    assert said[0][-1] == said[1][-1] == str(directory(tmp_path, TINY))
+    assert any("another process is making it" in line for line in said[1])
+    assert not any("training" in line for line in said[1])
+    lines: list[str] = []
+    make_demo(lines.append, tmp_path, TINY)
+    assert lines == []
+    assert {path.name for path in directory(tmp_path, TINY).iterdir()} >= {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+
+
+def test_killed_half_way_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    """After SIGKILL in mid-training there is no model, and the next try makes one and cleans up."""
+    victim = make(tmp_path, 60)
+    assert victim.stdout
+    wait_until(lambda: list(tmp_path.glob("demo-*.tmp-*")), 60)
+    victim.send_signal(signal.SIGKILL)
+    victim.communicate()
+    final = directory(tmp_path, TINY)
+    assert not final.exists()
+    assert make(tmp_path, 0).communicate(timeout=120)[0].splitlines()[-1] == str(final)
+    assert not list(tmp_path.glob("demo-*.tmp-*"))
+
+
+def test_another_recipe_is_another_model(tmp_path: Path) -> None:
+    """A change of the recipe changes the directory, so no old model is taken for a new one."""
+    assert directory(tmp_path, TINY) != directory(tmp_path, Recipe(steps=3, extra_rounds=0))
+
+
+def test_unusable_cache_is_a_plain_error(tmp_path: Path) -> None:
+    """A cache that cannot be written ends in an error that says where it is and what to set."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartupError, match="XDG_CACHE_HOME"):
+        ensure_demo(lambda _: None, tmp_path / "file" / "cache")
+
+
+def test_finished_model_is_found_at_once(tmp_path: Path, monkeypatch: Any) -> None:
+    """With the model in the cache no process is started and nothing is said."""
+    monkeypatch.setattr(demo.subprocess, "Popen", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    directory(tmp_path / "synthia-vllm", Recipe()).mkdir(parents=True)
+    assert ensure_demo(pytest.fail).is_dir()
+    assert os.environ["XDG_CACHE_HOME"] == str(tmp_path)
