@@ -85,7 +85,14 @@ class VllmEngine:
 
         args = _engine_args(self._model, self._options)
         progress("starting the engine process, reading weights, allocating the KV cache")
-        self._llm = llm = AsyncLLM.from_engine_args(args)
+        # Not kept in a variable here: something of torch's remembers this frame, and an engine
+        # that is still referred to at exit complains when it is finalised.
+        self._llm = AsyncLLM.from_engine_args(args)
+        self._look_around()
+
+    def _look_around(self) -> None:
+        """Learn what the loaded model and its tokenizer are."""
+        llm = self._llm
         tokenizer = llm.get_tokenizer()
         self._encoders = _encoders(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
@@ -149,7 +156,7 @@ class VllmEngine:
         if llm is not None:
             await asyncio.get_running_loop().run_in_executor(self._threads, llm.shutdown)
             del llm
-            gc.collect()  # or else it is finalised, with complaints, as the interpreter goes
+            gc.collect()  # see `_start`
         self._threads.shutdown(wait=False)
 
 

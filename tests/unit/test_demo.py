@@ -50,10 +50,22 @@ def test_lessons_are_well_formed() -> None:
 
 
 TEXTS = [
-    "USER: Hello!\nASSISTANT:", "USER: Hello! \nASSISTANT: ", " leading", "two  spaces", "tab\there",
-    "café, naïve, Übung", "クジラ 鯨", "μῆνις", "😀🐳", "1234567890", "a\r\nb\u2028c", "\u200b", "x" * 300,
-    "{\"a\": [1, 2]}", "SYSTEM: Elaborate on the topic using a Tree of Thoughts",
-]  # fmt: skip
+    "USER: Hello!\nASSISTANT:",
+    "USER: Hello! \nASSISTANT: ",
+    " leading",
+    "two  spaces",
+    "tab\there",
+    "café, naïve, Übung",
+    "クジラ 鯨",
+    "μῆνις",
+    "😀🐳",
+    "1234567890",
+    "a\r\nb\u2028c",
+    "\u200b",
+    "x" * 30,
+    '{"a": [1, 2]}',
+    "SYSTEM: Elaborate on the topic using a Tree of Thoughts",
+]
 
 
 def test_tokenizer_is_mistrals() -> None:
@@ -70,7 +82,7 @@ def test_tokenizer_is_mistrals() -> None:
 
 
 def test_two_processes_make_one_model(tmp_path: Path) -> None:
-    """Of two at once one makes it, the other waits, says so, and gets the same; a third finds it."""
+    """Of two at once one makes it, the other waits and says so; a third finds it."""
     first = make(tmp_path, 3)
     assert first.stdout
     wait_until(lambda: list(tmp_path.glob("demo-*.tmp-*")), 60)
