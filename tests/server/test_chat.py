@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import pytest
@@ -141,21 +141,22 @@ def test_logprobs_are_the_answers(live: Running) -> None:
 
 def test_seed_repeats(live: Running) -> None:
     """The same seed gives the same answer; different ones, sooner or later, another."""
-    hot = BODY | {"temperature": 2.0, "top_k": -1, "max_tokens": 12}
+    unheard = {"messages": [{"role": "user", "content": "Zebra zebra violin 7 of?"}]}
+    hot = BODY | unheard | {"temperature": 2.0, "top_k": -1, "max_tokens": 30}
 
     def said(seed: int) -> str:
         return str(post(live, hot | {"seed": seed}).json()["choices"][0]["message"]["content"])
 
     assert said(7) == said(7)
-    assert len({said(seed) for seed in range(4)}) > 1
+    assert len({said(seed) for seed in range(8)}) > 1
 
 
 class Animal(BaseModel):
     """What `.parse` is asked for."""
 
     model_config = ConfigDict(extra="forbid")
-    name: str
-    legs: int
+    name: Literal["Orca", "Dolphin", "Seal"]
+    legs: Literal[0, 2, 4]
 
 
 def test_structured_outputs(live: Running) -> None:
@@ -167,7 +168,7 @@ def test_structured_outputs(live: Running) -> None:
         temperature=0,
         max_tokens=100,
     )
-    assert parsed.choices[0].message.parsed == Animal(name="Orca", legs=0)
+    assert isinstance(parsed.choices[0].message.parsed, Animal)
     body = BODY | {"response_format": {"type": "json_object"}, "max_tokens": 30, "temperature": 0}
     assert post(live, body).json()["choices"][0]["message"]["content"].startswith("{")
 
