@@ -141,6 +141,7 @@ class _Chat:
         self._interactive = sys.stdin.isatty()
         self._failed = False
         self._told_unsaved = False
+        self._interrupted = False
 
     def loop(self) -> int:
         """Take lines until the user leaves or they end."""
@@ -178,7 +179,8 @@ class _Chat:
     def _hear_interrupts(self, hear: bool) -> None:
         """On a terminal: whether the next Ctrl-C raises, once, or is passed over."""
         if self._interactive:
-            signal.signal(signal.SIGINT, _interrupt_once if hear else signal.SIG_IGN)
+            self._interrupted = False
+            signal.signal(signal.SIGINT, self._interrupt if hear else signal.SIG_IGN)
 
     def _read(self) -> str:
         if not self._interactive or sys.stdout.isatty():
@@ -273,6 +275,8 @@ class _Chat:
             if dropped := stream.response.headers.get("x-synthia-dropped-messages"):
                 _say(f"The oldest {dropped} messages no longer fit and were left out.")
             for chunk in stream:
+                if self._interrupted:
+                    raise KeyboardInterrupt
                 for choice in chunk.choices:
                     finish = choice.finish_reason or finish
                     if delta := choice.delta.content:
@@ -295,6 +299,15 @@ class _Chat:
         )
         return model, [*front, *self._turns, {"role": "user", "content": question}]
 
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        """Raise for the first Ctrl-C; more are passed over until the loop hears again.
+
+        Noted as well as raised: an exception that happens to rise in a finaliser is swallowed.
+        """
+        self._interrupted = True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
     def _keep(self, question: str, answer: str) -> None:
         """Add the turn to the conversation and, as the model card does, to the file."""
         self._turns.append({"role": "user", "content": question})
@@ -308,12 +321,6 @@ class _Chat:
             if not self._told_unsaved:
                 self._told_unsaved = True
                 _say(f"Cannot save to {self._args.save}: {error.strerror}. The chat goes on.")
-
-
-def _interrupt_once(_signal: int, _frame: FrameType | None) -> None:
-    """Raise for the first Ctrl-C; more are passed over until the loop hears again."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _explain(error: APIError, url: str, *, begun: bool = False) -> str:

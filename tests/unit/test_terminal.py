@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 CHAT = "import sys; from synthia_vllm.cli import main; sys.exit(main())"
 # A terminal is only one from which Ctrl-C reaches the process: make it the controlling one.
+# A test run in the background, as CI may be, has Ctrl-C switched off for all it starts.
+HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
 ON_TERMINAL = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {CHAT}"
 FILE = "Synthia-7B-conversations.jsonl"
 CTRL_C, CTRL_D = "\x03", "\x04"
@@ -516,7 +518,7 @@ def test_ctrl_c_in_a_batch(tmp_path: Path, server: Running, engine: FakeEngine) 
     """A batch that is interrupted keeps what arrived, asks nothing more, and ends as such."""
     engine.pieces, engine.delay = [" long"] * 2000, 0.02
     with subprocess.Popen(
-        command(CHAT, server.url, ()),
+        command(HEARING + CHAT, server.url, ()),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
