@@ -3,7 +3,7 @@
     ensure_demo(progress)  ->  a directory any engine loads: config, weights, tokenizer
 
 It is a Mistral of two layers with the tokenizer of Mistral-7B-v0.1, trained on this machine's
-processor in about a minute to know the dialogues of ``demo_dialogues.json`` by heart, in both
+processor in a minute and a half to know the dialogues of ``demo_dialogues.json`` by heart, in both
 prompt formats. It is kept in a cache and made once.
 """
 

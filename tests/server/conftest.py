@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def demo(pytestconfig: pytest.Config) -> Path:
-    """The demo model's directory; made at the first use, in about a minute."""
+    """The demo model's directory; made at the first use, in a minute and a half."""
     reporter: Any = pytestconfig.pluginmanager.get_plugin("terminalreporter")
     return ensure_demo(lambda line: reporter.write_line(line) if reporter else None)
 
