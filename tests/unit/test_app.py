@@ -364,6 +364,8 @@ def test_overflow_drop_oldest() -> None:
         # One exchange fewer dropped would not have left the reserve.
         one_more = len(f"USER: question {first} \nASSISTANT: answer {first} \n") + 60
         assert usage["prompt_tokens"] + 256 <= 2048 < usage["prompt_tokens"] + 256 + one_more
+        streamed = post(server, BODY | {"messages": messages, "stream": True})
+        assert streamed.headers["x-synthia-dropped-messages"] == str(dropped)
         short = post(server, BODY)
         assert "x-synthia-dropped-messages" not in short.headers
         huge = post(server, BODY | {"messages": [{"role": "user", "content": "x" * 3000}]})
