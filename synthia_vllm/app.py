@@ -15,10 +15,11 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import Request  # noqa: TC002  # FastAPI reads the routes' annotations
 from starlette.routing import Route
 
 from synthia_vllm import __version__
-from synthia_vllm.endpoint import CHAT, ChatEndpoint
+from synthia_vllm.endpoint import CHAT, ChatEndpoint, error_headers
 from synthia_vllm.errors import (
     ApiError,
     EngineDead,
@@ -33,7 +34,6 @@ from synthia_vllm.service import Service
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
-    from starlette.requests import Request
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from synthia_vllm.engine import Engine
@@ -68,6 +68,7 @@ def create_app(
             with suppress(asyncio.CancelledError):
                 await life
             await engine.close()
+            service.close()
 
     app = FastAPI(
         title="synthia-vllm",
@@ -81,7 +82,7 @@ def create_app(
     _add_plain_routes(app, service)
     _add_error_answers(app)
     _describe_chat(app)
-    app.add_middleware(_CountRequests, metrics=metrics, app_routes=app.router.routes)
+    app.add_middleware(_Gate, service=service)
     return app
 
 
@@ -101,16 +102,21 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
             max_model_len=context,
         )
 
+    def names_for(request: Request) -> list[str]:
+        """The served names that this request's user may use."""
+        allowed = service.tenants.models_of(request.state.user)
+        return [name for name in settings.served if allowed is None or name in allowed]
+
     @app.get("/v1/models")
-    async def models() -> ModelList:
-        """The models served; each preset is a name of its own."""
-        return ModelList(data=[card(name) for name in settings.served])
+    async def models(request: Request) -> ModelList:
+        """The models you may use; each preset is a name of its own."""
+        return ModelList(data=[card(name) for name in names_for(request)])
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> ModelCard:
+    async def model(name: str, request: Request) -> ModelCard:
         """One model."""
-        if name not in settings.served:
-            raise UnknownModel(name, tuple(settings.served))
+        if name not in names_for(request):
+            raise UnknownModel(name, tuple(names_for(request)))
         return card(name)
 
     @app.get("/health")
@@ -137,6 +143,9 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
             below = dict(service.engine.traits.versions)
         return {"version": __version__, **below}
 
+    if settings.metrics == "off":
+        return
+
     # Not `async`: collecting a few hundred series takes milliseconds, off the event loop.
     @app.get("/metrics")
     def prometheus() -> Response:
@@ -147,7 +156,7 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
 def _add_error_answers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(_request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.envelope(), error.status)
+        return JSONResponse(error.envelope(), error.status, error_headers(error))
 
     @app.exception_handler(Exception)
     async def fault(_request: Request, _error: Exception) -> JSONResponse:
@@ -161,13 +170,15 @@ def _add_error_answers(app: FastAPI) -> None:
         return JSONResponse(said.envelope(), error.status_code, error.headers)
 
 
-class _CountRequests:
-    """Counts all routes but the chat route, which counts itself and is passed through."""
+class _Gate:
+    """Asks for a key, and counts; the chat route does both itself and is passed through."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, app_routes: list[Any]) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._metrics = metrics
-        self._routes = app_routes
+        self._service = service
+        self._open = {"/health", "/ready"}
+        if service.settings.metrics == "open":
+            self._open.add("/metrics")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or (scope["path"] == CHAT and scope["method"] == "POST"):
@@ -181,11 +192,19 @@ class _CountRequests:
                 status = message["status"]
             await send(message)
 
+        tenants = self._service.tenants
         try:
+            if scope["path"] not in self._open:
+                key = dict(scope["headers"]).get(b"authorization")
+                scope.setdefault("state", {})["user"] = tenants.identify(key)
             await self._app(scope, receive, counted)
+        except ApiError as error:
+            self._service.count_error(error, None)
+            refusal = JSONResponse(error.envelope(), error.status, error_headers(error))
+            await refusal(scope, receive, counted)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.requests.labels(route, "", str(status)).inc()
+            self._service.metrics.requests.labels(route, "", str(status)).inc()
 
 
 def _describe_chat(app: FastAPI) -> None:

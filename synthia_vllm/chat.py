@@ -9,12 +9,19 @@ Both the streamed and the plain answer go through `Reply`, so they cannot differ
 from __future__ import annotations
 
 import codecs
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from synthia_vllm.answer import AnswerFilter
 from synthia_vllm.engine import Sampling, Work
-from synthia_vllm.errors import ContextOverflow, EngineFault, InvalidRequest, UnknownModel
+from synthia_vllm.errors import (
+    ContextOverflow,
+    EngineFault,
+    Forbidden,
+    InvalidRequest,
+    UnknownModel,
+)
 from synthia_vllm.prompt import (
     TURN_STOP,
     Markers,
@@ -27,11 +34,12 @@ from synthia_vllm.prompt import (
 from synthia_vllm.protocol import PromptTokensDetails, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from synthia_vllm.engine import Engine, Output, Step, TokenLogprob
     from synthia_vllm.protocol import ChatRequest
     from synthia_vllm.settings import Settings
+    from synthia_vllm.tenants import Lease
 
 # JSON has no infinity; OpenAI writes this for a token that cannot be.
 _LEAST_LOGPROB: Final = -9999.0
@@ -51,15 +59,26 @@ class Prepared:
     """The client sent the beginning of the answer."""
     escaped_markers: int
     dropped_messages: int
+    question: str
+    """What the user said last, as it was sent."""
 
 
 async def prepare(
-    request: ChatRequest, engine: Engine, settings: Settings, request_id: str
+    request: ChatRequest, engine: Engine, settings: Settings, request_id: str, lease: Lease
 ) -> Prepared:
-    """All that is decided before the engine sees the request. Raises `InvalidRequest`."""
+    """All that is decided before the engine sees the request.
+
+    Raises `InvalidRequest`, and whatever `Lease.reserve` raises.
+    """
     served = settings.served
     if request.model not in served:
         raise UnknownModel(request.model, tuple(served))
+    if lease.user.models is not None and request.model not in lease.user.models:
+        raise Forbidden(
+            f"You may not use {request.model}. Yours: {', '.join(sorted(lease.user.models))}.",
+            param="model",
+            code="model_not_allowed",
+        )
     preset = served[request.model]
     messages, escaped = tidy(
         [Message("system" if m.role == "developer" else m.role, m.text) for m in request.messages],
@@ -74,7 +93,7 @@ async def prepare(
             param="continue_final_message",
             code="invalid_value",
         )
-    asked = _max_tokens(request, settings)
+    asked = _max_tokens(request, settings, lease.user.max_tokens)
     token_ids, dropped = await _fit(messages, asked, engine, settings)
     room = engine.traits.max_model_len - len(token_ids)
     sampling = _sampling(request, settings, engine, min(asked, room))
@@ -85,6 +104,7 @@ async def prepare(
             sampling=sampling,
             # With `min_tokens` the engine runs past the answer's end; seeing each step, we end it.
             deltas=bool(request.stream) or sampling.min_tokens > 0,
+            priority=lease.reserve(len(token_ids), sampling.max_tokens, sampling.n),
         ),
         model=request.model,
         stream=bool(request.stream),
@@ -93,6 +113,7 @@ async def prepare(
         continued=continued and bool(messages[-1].content),
         escaped_markers=escaped,
         dropped_messages=dropped,
+        question=next((m.text for m in reversed(request.messages) if m.role == "user"), ""),
     )
 
 
@@ -151,7 +172,7 @@ async def _fit(
     )
 
 
-def _max_tokens(request: ChatRequest, settings: Settings) -> int:
+def _max_tokens(request: ChatRequest, settings: Settings, ceiling: int | None) -> int:
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise InvalidRequest(
@@ -159,7 +180,16 @@ def _max_tokens(request: ChatRequest, settings: Settings) -> int:
             param="max_tokens",
             code="invalid_value",
         )
-    return new or old or settings.sampling.max_tokens
+    asked = new or old
+    if ceiling is None:
+        return asked or settings.sampling.max_tokens
+    if asked is not None and asked > ceiling:
+        raise InvalidRequest(
+            f"`max_tokens` is {asked}; you may have at most {ceiling} tokens in an answer.",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    return asked or min(settings.sampling.max_tokens, ceiling)
 
 
 def _sampling(
@@ -265,15 +295,24 @@ class Reply:
 
     __slots__ = (
         "_choices",
+        "_on_begin",
         "_prepared",
+        "_texts",
         "answer_tokens",
-        "began",
+        "began_at",
         "cached_tokens",
         "finish_reasons",
         "open_choices",
     )
 
-    def __init__(self, prepared: Prepared, engine: Engine) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        engine: Engine,
+        *,
+        began: Callable[[], None] = lambda: None,
+        keep_text: bool = False,
+    ) -> None:
         own_stops = prepared.work.sampling.stop[1:]
         self._prepared = prepared
         self._choices = [
@@ -285,8 +324,12 @@ class Reply:
             )
             for _ in range(prepared.work.sampling.n)
         ]
-        self.began = False
-        """The engine has run the prompt."""
+        self._on_begin = began
+        self._texts: list[list[str]] | None = None
+        if keep_text:
+            self._texts = [[] for _ in range(prepared.work.sampling.n)]
+        self.began_at: float | None = None
+        """When the first of the answer came, which is when the prompt had run."""
         self.answer_tokens = 0
         self.finish_reasons: list[str] = []
         """One for each choice that has ended."""
@@ -296,7 +339,9 @@ class Reply:
 
     def take(self, step: Step) -> list[tuple[int, Piece]]:
         """What `step` adds to the answers: pieces by choice. Raises `EngineFault`."""
-        self.began = True
+        if self.began_at is None:
+            self.began_at = time.perf_counter()
+            self._on_begin()
         if step.num_cached_tokens:
             self.cached_tokens = step.num_cached_tokens
         taken = []
@@ -304,10 +349,10 @@ class Reply:
             self.answer_tokens += len(output.token_ids)
             choice = self._choices[output.index]
             if not choice.answer.ended:
-                taken.append((output.index, self._piece(choice, output)))
+                taken.append((output.index, self._piece(choice, output, output.index)))
         return taken
 
-    def _piece(self, choice: _Choice, output: Output) -> Piece:
+    def _piece(self, choice: _Choice, output: Output, index: int) -> Piece:
         """The piece that `output` adds to `choice`, which is still open."""
         answer = choice.answer
         reason, stop = output.finish_reason, output.stop_reason
@@ -327,7 +372,14 @@ class Reply:
             choice.sent += len(text)
             choice.places.add(output)
             logprobs = choice.places.up_to(answer.skipped, choice.sent)
+        if self._texts is not None:
+            self._texts[index].append(text)
         return Piece(text, logprobs, reason, stop)
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers so far, if they are kept."""
+        return ["".join(pieces) for pieces in self._texts or ()]
 
     def usage(self) -> Usage:
         """Counts of the tokens that ran."""

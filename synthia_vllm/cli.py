@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from synthia_vllm import __version__, terminal
+from synthia_vllm import __version__, keys, terminal
 from synthia_vllm.errors import StartupError
 
 if TYPE_CHECKING:
@@ -98,6 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to a running server", allow_abbrev=False)
     terminal.add_arguments(chat)
     chat.set_defaults(run=terminal.run)
+
+    users = commands.add_parser("keys", help="make and remove users and their API keys")
+    keys.add_arguments(users)
+    users.set_defaults(run=keys.run)
     return parser
 
 
@@ -133,10 +138,9 @@ def _serve(args: argparse.Namespace) -> int:
         print(settings.to_yaml(), end="")
         return 0
 
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    from synthia_vllm import logs
+
+    logs.configure(settings.log_level, settings.log_format)
     progress = _Progress()
 
     from prometheus_client import REGISTRY
@@ -161,22 +165,45 @@ def _serve(args: argparse.Namespace) -> int:
         if server is not None:
             server.should_exit = True
 
+    engine = VllmEngine(model, settings.engine)
     app = create_app(
-        VllmEngine(model, settings.engine),
+        engine,
         settings,
         Metrics(REGISTRY),
         progress=progress,
         on_failure=stop,
     )
     server = Server(app, settings)
+    service = app.state.service
+    if service.tenants.open:
+        _warn_of_open_server(settings)
+
+    def reload_keys(*_: object) -> None:
+        service.reload_wanted = True
+
+    signal.signal(signal.SIGHUP, reload_keys)
     server.run()
-    failure = app.state.service.failure
+    if server.hurried:  # wait for nothing, neither threads nor processes
+        engine.kill()
+        os._exit(1)
+    failure = service.failure
     if isinstance(failure, StartupError):
         raise failure
     if failure is not None:  # the engine died: a supervisor should start us again
         print(f"synthia-vllm: {failure}", file=sys.stderr)
         return 1
     return 0
+
+
+def _warn_of_open_server(settings: Settings) -> None:
+    here = settings.host in ("127.0.0.1", "::1", "localhost")
+    logging.getLogger(__name__).warning(
+        "No key file: anybody who reaches %s:%d may use this server%s. "
+        "`synthia-vllm keys new NAME` makes a key file, `--set keys_file=FILE` uses it.",
+        settings.host,
+        settings.port,
+        ", that is, anybody on this machine" if here else ", FROM OTHER MACHINES TOO",
+    )
 
 
 class _Progress:

@@ -7,16 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 import uuid
+from asyncio import FIRST_COMPLETED
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import to_json
 
 from synthia_vllm.chat import Prepared, Reply, prepare
-from synthia_vllm.errors import ApiError, BodyTooLarge, EngineFault, InvalidRequest
+from synthia_vllm.errors import (
+    ApiError,
+    BodyTooLarge,
+    DeadlineExceeded,
+    EngineFault,
+    InvalidRequest,
+    Unavailable,
+)
 from synthia_vllm.protocol import (
     AnswerMessage,
     ChatCompletion,
@@ -27,18 +36,18 @@ from synthia_vllm.protocol import (
 from synthia_vllm.sse import Events, error_event, stream_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
-
     from starlette.types import Message, Receive, Scope, Send
 
     from synthia_vllm.engine import Engine
     from synthia_vllm.service import Service
+    from synthia_vllm.tenants import Lease
 
 logger = logging.getLogger(__name__)
 
 CHAT: Final = "/v1/chat/completions"
 _CLIENT_LEFT: Final = 499  # as nginx counts it; never sent, for nobody is there to read it
 _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+_TIMEOUT: Final = "X-Request-Timeout"
 
 
 class ChatEndpoint:
@@ -48,50 +57,87 @@ class ChatEndpoint:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrived = time.perf_counter()
         service = self._service
-        request_id = _request_id(scope)
-        exchange = _Exchange(service, request_id, send, arrived)
-        service.in_flight += 1
-        service.metrics.in_flight.inc()
+        exchange = _Exchange(service, dict(scope["headers"]), send)
+        service.open(exchange)
         try:
-            service.require_serving()
-            body = await _read_body(scope, receive, service.settings.limits.max_body_bytes)
-            await _unless_client_leaves(receive, exchange.run(body))
+            lease = exchange.admit()
+            await exchange.run_while_wanted(receive, lease)
         except _ClientLeft:
             exchange.status = _CLIENT_LEFT
         except ApiError as error:
             await exchange.refuse(error)
         except Exception:
-            logger.exception("request %s: a fault of the server's own", request_id)
+            logger.exception("request %s: a fault of the server's own", exchange.id)
             await exchange.refuse(EngineFault())
         finally:
-            service.in_flight -= 1
-            service.metrics.in_flight.dec()
             exchange.record()
+            service.closed(exchange)
 
 
 class _Exchange:
     """One chat request and its response; knows at every moment what has happened so far."""
 
-    def __init__(self, service: Service, request_id: str, send: Send, arrived: float) -> None:
+    def __init__(self, service: Service, headers: dict[bytes, bytes], send: Send) -> None:
         self._service = service
-        self._id = request_id
+        self._request_headers = headers
         self._send = send
-        self._arrived = arrived
+        self._arrived = time.perf_counter()
+        self.id = _request_id(headers)
+        self._user: str | None = None
+        self._lease: Lease | None = None
         self._prepared: Prepared | None = None
         self._reply: Reply | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._ended_by: ApiError | None = None
         self._started = False
         self.status = 500
 
-    async def run(self, body: bytes) -> None:
+    def admit(self) -> Lease:
+        """Decide, before anything is done for it, whether this request can be had now."""
+        service = self._service
+        self._user = service.tenants.identify(self._request_headers.get(b"authorization"))
+        service.require_serving()
+        self._lease = lease = service.tenants.enter(self._user)
+        return lease
+
+    async def run_while_wanted(self, receive: Receive, lease: Lease) -> None:
+        """Answer, unless the client leaves, the time is up, or the server ends it first."""
+        limits = self._service.settings.limits
+        seconds = _deadline(self._request_headers, limits.request_seconds)
+        body = await _read_body(self._request_headers, receive, limits.max_body_bytes)
+        self._work = work = asyncio.create_task(self._answer(body, lease))
+        watching = asyncio.create_task(_client_left(receive))
+        try:
+            left = seconds - (time.perf_counter() - self._arrived)
+            await asyncio.wait((work, watching), timeout=left, return_when=FIRST_COMPLETED)
+            if work.cancelled() and self._ended_by is not None:
+                raise self._ended_by
+            if not work.done():
+                raise _ClientLeft if watching.done() else DeadlineExceeded(seconds)
+            work.result()
+        finally:
+            watching.cancel()
+            if not work.done():
+                work.cancel()
+                await asyncio.wait((work,))  # until the engine has freed the request
+
+    def end(self, error: ApiError) -> None:
+        """End this exchange with `error`, whatever it is at."""
+        if self._work is not None and not self._work.done():
+            self._ended_by = error
+            self._work.cancel()
+
+    async def _answer(self, body: bytes, lease: Lease) -> None:
         service = self._service
         request = parse_chat_request(body)
         self._prepared = prepared = await prepare(
-            request, service.engine, service.settings, self._id
+            request, service.engine, service.settings, self.id, lease
         )
-        self._reply = reply = Reply(prepared, service.engine)
-        answer_id, created = f"chatcmpl-{self._id}", int(time.time())
+        self._reply = reply = Reply(
+            prepared, service.engine, began=lease.began, keep_text=service.keeps_text
+        )
+        answer_id, created = f"chatcmpl-{self.id}", int(time.time())
         if prepared.stream:
             events = Events(
                 answer_id, created, prepared.model, include_usage=prepared.include_usage
@@ -108,6 +154,7 @@ class _Exchange:
                 headers=headers,
                 series=service.metrics.of(prepared.model),
                 arrived=self._arrived,
+                keepalive=service.settings.sse_keepalive_seconds,
             )
         else:
             choices = await _fold(prepared, reply, service.engine)
@@ -122,49 +169,66 @@ class _Exchange:
 
     async def refuse(self, error: ApiError) -> None:
         """Answer with `error`; as an event, if a stream has begun."""
+        self._service.count_error(error, self._user)
         if self._started:
             await self._send({"type": "http.response.body", "body": error_event(error)})
             return
-        extra = []
-        if error.retry_after is not None:
-            extra.append((b"retry-after", str(error.retry_after).encode()))
-        await self._respond(error.status, to_json(error.envelope()), extra)
+        headers = [(k.encode(), v.encode()) for k, v in error_headers(error).items()]
+        await self._respond(error.status, to_json(error.envelope()), headers)
 
     def record(self) -> None:
-        """Count this exchange, whatever way it ended."""
+        """Count and log this exchange, whatever way it ended, and give its place back."""
         metrics, prepared, reply = self._service.metrics, self._prepared, self._reply
         model = prepared.model if prepared else ""
-        metrics.requests.labels(CHAT, model, str(self.status)).inc()
+        prompt = len(prepared.work.prompt_token_ids) if prepared and reply and reply.began_at else 0
+        answer = reply.answer_tokens if reply else 0
+        ends = reply.finish_reasons if reply else []
         took = time.perf_counter() - self._arrived
-        if prepared is None or reply is None:
-            logger.info("%s %s %d %.3fs", self._id, "-", self.status, took)
-            return
-        series = metrics.of(model)
-        series.end_to_end.observe(took)
-        series.escaped_markers.inc(prepared.escaped_markers)
-        series.dropped_messages.inc(prepared.dropped_messages)
-        if reply.began:
-            series.prompt_tokens.inc(len(prepared.work.prompt_token_ids))
-            series.cached_prompt_tokens.inc(reply.cached_tokens)
-            series.answer_tokens.inc(reply.answer_tokens)
-        for reason in reply.finish_reasons:
-            metrics.finished.labels(model, reason).inc()
+        if self._lease is not None:
+            self._lease.leave(prompt, answer, len(ends))
+        metrics.requests.labels(CHAT, model, str(self.status)).inc()
         if self.status == _CLIENT_LEFT:
-            series.aborted_by_client.inc()
-        logger.info(
-            "%s %s %d %.3fs prompt=%d cached=%d answer=%d %s",
-            self._id,
-            model,
-            self.status,
-            took,
-            len(prepared.work.prompt_token_ids),
-            reply.cached_tokens,
-            reply.answer_tokens,
-            ",".join(reply.finish_reasons) or "-",
-        )
+            metrics.aborted_by_client.labels(model).inc()
+        if prepared is not None and reply is not None:
+            series = metrics.of(model)
+            series.end_to_end.observe(took)
+            series.escaped_markers.inc(prepared.escaped_markers)
+            series.dropped_messages.inc(prepared.dropped_messages)
+            series.prompt_tokens.inc(prompt)
+            series.cached_prompt_tokens.inc(reply.cached_tokens)
+            series.answer_tokens.inc(answer)
+            for reason in ends:
+                metrics.finished.labels(model, reason).inc()
+        if self._user is not None:
+            self._service.count_tokens(self._user, prompt, answer)
+        if prepared is not None and reply is not None and not reply.open_choices:
+            self._service.keep(self._user or "", prepared.question, reply.texts)
+        self._log(took, prompt, answer)
+
+    def _log(self, took: float, prompt: int, answer: int) -> None:
+        prepared, reply = self._prepared, self._reply
+        fields: dict[str, Any] = {
+            "id": self.id,
+            "user": self._user or "-",
+            "model": prepared.model if prepared else "-",
+            "status": self.status,
+            "prompt_tokens": prompt,
+            "cached_tokens": reply.cached_tokens if reply else 0,
+            "answer_tokens": answer,
+            "first_token_ms": round(1e3 * (reply.began_at - self._arrived))
+            if reply and reply.began_at
+            else None,
+            "total_ms": round(1e3 * took),
+            "finish": ",".join(reply.finish_reasons) if reply else "",
+        }
+        if self._service.settings.log_content and prepared and reply:
+            fields |= {"prompt": prepared.question, "answers": reply.texts}
+        logger.info("chat", extra={"fields": fields})
 
     def _headers(self, content_type: bytes) -> list[tuple[bytes, bytes]]:
-        headers = [(b"content-type", content_type), (b"x-request-id", self._id.encode())]
+        headers = [(b"content-type", content_type), (b"x-request-id", self.id.encode())]
+        if self._user is not None:
+            headers += self._service.tenants.headers(self._user)
         if self._prepared is not None and self._prepared.dropped_messages:
             dropped = str(self._prepared.dropped_messages).encode()
             headers.append((b"x-synthia-dropped-messages", dropped))
@@ -184,6 +248,20 @@ class _Exchange:
             self._started = True
             self.status = message["status"]
         await self._send(message)
+
+
+def error_headers(error: ApiError) -> dict[str, str]:
+    """The response headers that go with `error`."""
+    headers = {}
+    if error.retry_after is not None:
+        # Whole seconds by the standard; OpenAI's clients read the milliseconds first.
+        headers["retry-after"] = str(math.ceil(error.retry_after))
+        headers["retry-after-ms"] = str(math.ceil(1e3 * error.retry_after))
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, Unavailable) and error.code == "draining":
+        headers["connection"] = "close"  # the next request finds another server
+    return headers
 
 
 async def _fold(prepared: Prepared, reply: Reply, engine: Engine) -> list[Choice]:
@@ -220,9 +298,8 @@ class _ClientLeft(Exception):
     """The connection is gone; there is nobody to answer."""
 
 
-async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
+async def _read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
     """The whole body. Raises `InvalidRequest` if it is no JSON by its headers, or too large."""
-    headers = dict(scope["headers"])
     kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
     if kind != b"application/json":
         # Also what keeps other sites' pages from posting here: for this type browsers ask first.
@@ -245,29 +322,31 @@ async def _read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
             return b"".join(parts)
 
 
-async def _unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; if the client goes away first, cancel it and raise `_ClientLeft`."""
+async def _client_left(receive: Receive) -> None:
+    """Return when the connection is gone."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
-    async def left() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
 
-    running, watching = asyncio.create_task(work), asyncio.create_task(left())
+def _deadline(headers: dict[bytes, bytes], longest: float) -> float:
+    """The seconds this request may take: what it asks for, up to the server's own limit."""
+    asked = headers.get(_TIMEOUT.lower().encode())
+    if asked is None:
+        return longest
     try:
-        await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
-        if not running.done():
-            raise _ClientLeft
-        running.result()
-    finally:
-        watching.cancel()
-        if not running.done():
-            running.cancel()
-            await asyncio.wait((running,))  # until the engine has freed the request
+        seconds = float(asked)
+    except ValueError:
+        seconds = math.nan
+    if not seconds > 0:
+        raise InvalidRequest(
+            f"`{_TIMEOUT}` must be a number of seconds above 0.",
+            param=_TIMEOUT,
+            code="invalid_value",
+        )
+    return min(seconds, longest)
 
 
-def _request_id(scope: Scope) -> str:
+def _request_id(headers: dict[bytes, bytes]) -> str:
     """The client's ``X-Request-Id``, if it is a sensible one, or a new id."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return str(value, "ascii")
-    return uuid.uuid4().hex
+    value = headers.get(b"x-request-id", b"")
+    return str(value, "ascii") if _REQUEST_ID.fullmatch(value) else uuid.uuid4().hex

@@ -51,6 +51,8 @@ class Work:
     sampling: Sampling
     deltas: bool = True
     """Whether each step is delivered as it is made, or only the whole at the end."""
+    priority: int = 0
+    """Of those that wait, the smallest goes first; among equals, the one that came first."""
 
 
 class TokenLogprob(Protocol):
@@ -109,6 +111,8 @@ class Traits:
     longest_token: int
     """The most characters one token can stand for."""
     max_logprobs: int = 20
+    max_num_seqs: int = 256
+    """Answers that are generated at the same time; more wait."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the software below the seam, by package name."""
 
@@ -146,3 +150,6 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop the engine's processes; wait until they are gone."""
+
+    def kill(self) -> None:
+        """End the engine's processes at once, for want of time to `close`."""

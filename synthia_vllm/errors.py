@@ -7,9 +7,13 @@
     └── ApiError                a request gets this answer instead of text
         ├── InvalidRequest      400  the request asks for something it cannot have
         │   ├── ContextOverflow 400  the conversation does not fit the context
+        │   ├── Unauthorized    401  no key, or none that is known
+        │   ├── Forbidden       403  this user may not have that
         │   ├── UnknownModel    404
         │   └── BodyTooLarge    413
+        ├── RateLimited         429  this user's share is used up; come back later
         ├── Unavailable         503  not now: starting, draining or full; come back later
+        ├── DeadlineExceeded    504  the answer was not ready in time
         ├── EngineDead          503  the engine process is gone; a supervisor restarts the server
         └── EngineFault         500  the engine failed at this one request
 
@@ -39,14 +43,23 @@ class ApiError(SynthiaError):
 
     status: ClassVar[int] = 500
     kind: ClassVar[str] = "server_error"
-    retry_after: ClassVar[int | None] = None
+    retry_after: float | None = None
     """Seconds after which trying again makes sense, sent as the ``Retry-After`` header."""
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code
+        if retry_after is not None:
+            self.retry_after = retry_after
 
     def envelope(self) -> dict[str, dict[str, str | None]]:
         """The JSON object of OpenAI's error format."""
@@ -74,6 +87,27 @@ class ContextOverflow(InvalidRequest):
         super().__init__(message, param="messages", code="context_length_exceeded")
 
 
+class Unauthorized(InvalidRequest):
+    """The request has no API key, or one that nobody was given."""
+
+    status = 401
+    kind = "authentication_error"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server needs an API key: send `Authorization: Bearer YOUR_KEY` with a key that "
+            "its operator gave you.",
+            code="invalid_api_key",
+        )
+
+
+class Forbidden(InvalidRequest):
+    """The key is known, and its user may not have what was asked for."""
+
+    status = 403
+    kind = "permission_error"
+
+
 class UnknownModel(InvalidRequest):
     """No such model is served here."""
 
@@ -99,19 +133,39 @@ class BodyTooLarge(InvalidRequest):
         )
 
 
+class RateLimited(ApiError):
+    """This user's share is used up for now."""
+
+    status = 429
+    kind = "rate_limit_error"
+
+
 class Unavailable(ApiError):
     """Not now: the server is starting, draining or full."""
 
     status = 503
     kind = "overloaded_error"
-    retry_after = 1
+    retry_after = 1.0
+
+
+class DeadlineExceeded(ApiError):
+    """The time that the request had, counted from its arrival, is over."""
+
+    status = 504
+    kind = "timeout_error"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"The answer was not complete within {seconds:g} seconds, the time this request had.",
+            code="deadline_exceeded",
+        )
 
 
 class EngineDead(ApiError):
     """The engine process died; what it was generating is lost."""
 
     status = 503
-    retry_after = 30
+    retry_after = 30.0
 
     def __init__(self) -> None:
         super().__init__(

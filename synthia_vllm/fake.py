@@ -147,6 +147,9 @@ class FakeEngine:
     async def close(self) -> None:
         self.dead = True
 
+    def kill(self) -> None:
+        self.dead = True
+
 
 def _joined(outputs: Sequence[FakeOutput]) -> FakeOutput:
     """One output of all the deltas of a choice."""

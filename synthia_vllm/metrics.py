@@ -32,7 +32,6 @@ class ModelSeries:
     answer_tokens: Counter
     escaped_markers: Counter
     dropped_messages: Counter
-    aborted_by_client: Counter
 
 
 class Metrics:
@@ -78,8 +77,24 @@ class Metrics:
         self._dropped_messages = counter(
             "dropped_messages", "Messages dropped so that the conversation fits", "model"
         )
-        self._aborted_by_client = counter(
-            "aborted_by_client", "Requests whose client left before the end", "model"
+        self.aborted_by_client = counter(
+            "aborted_by_client",
+            "Requests whose client left before the end; no model if it left before it was known",
+            "model",
+        )
+        self.errors = counter("errors", "Errors told to clients, in streams too", "code")
+        self.user_tokens = counter(
+            "user_tokens", "Tokens that ran, of users with a key", "user", "kind"
+        )
+        self.user_refusals = counter(
+            "user_refusals", "Requests of users with a key that were refused", "user", "code"
+        )
+        self.key_reload_failures = counter(
+            "key_reload_failures", "Times the key file changed and could not be used"
+        )
+        self.transcript_lines = counter("transcript_lines", "Lines written to transcripts")
+        self.transcript_failures = counter(
+            "transcript_failures", "Lines lost to transcripts: disk full, unwritable, too slow"
         )
         self.of = cache(self._of)
 
@@ -94,5 +109,4 @@ class Metrics:
             answer_tokens=self._answer_tokens.labels(model),
             escaped_markers=self._escaped_markers.labels(model),
             dropped_messages=self._dropped_messages.labels(model),
-            aborted_by_client=self._aborted_by_client.labels(model),
         )

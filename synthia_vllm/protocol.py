@@ -9,11 +9,11 @@ Source: OpenAI's API reference for chat completions; vLLM's extra sampling param
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -21,17 +21,42 @@ from pydantic import (
     Tag,
     ValidationError,
 )
+from pydantic_core import PydanticCustomError
 
 from synthia_vllm.errors import InvalidRequest
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 MAX_MESSAGES: Final = 4096
+MAX_PARTS: Final = 1024
 MAX_STOPS: Final = 16
 MAX_LOGIT_BIASES: Final = 1024
 MAX_TOP_LOGPROBS: Final = 20
+MAX_METADATA: Final = 16
 
 
 class _Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    # What is not known is kept here and refused by `_refuse_unknown`, the first of it: refused by
+    # pydantic, each of a hostile body's 100,000 fields would become an error object of its own.
+    model_config = ConfigDict(
+        extra="allow",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra={"additionalProperties": False},
+    )
+
+
+def _at_most(limit: int) -> BeforeValidator:
+    """Refuse an object of more than `limit` fields before each of them is looked at."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > limit:
+            raise PydanticCustomError("too_long", f"Object should have at most {limit} fields")
+        return value
+
+    return BeforeValidator(check)
 
 
 class TextPart(_Request):
@@ -46,7 +71,8 @@ class ChatMessage(_Request):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")],
+        Annotated[str, Tag("text")]
+        | Annotated[list[TextPart], Field(max_length=MAX_PARTS), Tag("parts")],
         Discriminator(lambda value: "text" if isinstance(value, str) else "parts"),
     ]
 
@@ -110,14 +136,15 @@ class ChatRequest(_Request):
     ignore_eos: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    logit_bias: dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
-        None, max_length=MAX_LOGIT_BIASES
-    )
+    logit_bias: Annotated[
+        dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None,
+        _at_most(MAX_LOGIT_BIASES),
+    ] = None
     response_format: ResponseFormat | None = None
     continue_final_message: bool | None = None
     # Labels for the client's own bookkeeping; they ask nothing of the answer.
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str] | None, _at_most(MAX_METADATA)] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
@@ -155,41 +182,49 @@ _ELSEWHERE: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
 def parse_chat_request(body: bytes) -> ChatRequest:
     """The request in `body`. Raises `InvalidRequest`, naming the field."""
     try:
-        return ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
-        problems = error.errors(include_url=False, include_context=True)
+        problems = error.errors(include_url=False)
     except RecursionError:
         raise InvalidRequest("The JSON is nested too deeply.") from None
-    if all(_asks_for_nothing(problem) for problem in problems):
-        return _without([problem["loc"] for problem in problems], body)
-    real = [problem for problem in problems if not _asks_for_nothing(problem)]
+    else:
+        _refuse_unknown(request)
+        return request
     # A union reports each of its members; what the user meant is the one that got furthest.
-    same_field = [problem for problem in real if problem["loc"][:1] == real[0]["loc"][:1]]
+    same_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     raise _refusal(max(same_field, key=lambda p: (len(p["loc"]), not p["type"].endswith("_type"))))
 
 
-def _asks_for_nothing(problem: Any) -> bool:
-    if problem["type"] != "extra_forbidden":
-        return False
-    _, neutral = _ELSEWHERE.get(str(problem["loc"][-1]), (None, None))
-    value = problem["input"]
-    return neutral is not None and (
-        value is None or any(value == ok and type(value) is type(ok) for ok in neutral)
-    )
+def _refuse_unknown(request: ChatRequest) -> None:
+    """Raise `InvalidRequest` for the first field that is not to be had, unless it asks nothing."""
+    for place, part in _parts(request):
+        for name, value in (part.model_extra or {}).items():
+            why, neutral = _ELSEWHERE.get(name, ("no such field is known here", None))
+            asks_nothing = neutral is not None and (
+                value is None or any(value == ok and type(value) is type(ok) for ok in neutral)
+            )
+            if not asks_nothing:
+                path = f"{place}{name}"
+                path = path if len(path) <= 100 else f"{path[:97]}..."
+                raise InvalidRequest(
+                    f"`{path}` is not supported: {why}.", param=path, code="unsupported_parameter"
+                )
 
 
-def _without(places: list[tuple[int | str, ...]], body: bytes) -> ChatRequest:
-    """The request in `body` less the fields at `places`."""
-    document = json.loads(body)
-    for *parents, last in places:
-        holder = document
-        for parent in parents:
-            holder = holder[parent]
-        holder.pop(last, None)
-    try:
-        return ChatRequest.model_validate_json(json.dumps(document))
-    except ValidationError as error:
-        raise _refusal(error.errors(include_url=False)[0]) from None
+def _parts(request: ChatRequest) -> Iterator[tuple[str, BaseModel]]:
+    """All objects of `request` that have named fields, each with the path in front of them."""
+    yield "", request
+    for index, message in enumerate(request.messages):
+        yield f"messages[{index}].", message
+        if isinstance(message.content, list):
+            for number, part in enumerate(message.content):
+                yield f"messages[{index}].content[{number}].", part
+    if request.stream_options is not None:
+        yield "stream_options.", request.stream_options
+    if request.response_format is not None:
+        yield "response_format.", request.response_format
+        if request.response_format.json_schema is not None:
+            yield "response_format.json_schema.", request.response_format.json_schema
 
 
 def _refusal(problem: Any) -> InvalidRequest:
@@ -200,11 +235,6 @@ def _refusal(problem: Any) -> InvalidRequest:
     if kind == "json_invalid":
         return InvalidRequest(
             f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json"
-        )
-    if kind == "extra_forbidden":
-        why, _ = _ELSEWHERE.get(last, ("no such field is known here", ()))
-        return InvalidRequest(
-            f"`{path}` is not supported: {why}.", param=path, code="unsupported_parameter"
         )
     if last == "role" and value in ("tool", "function"):
         return InvalidRequest(

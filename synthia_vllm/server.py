@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
+from synthia_vllm.connection import ConnectionLimits, guarded
+
 if TYPE_CHECKING:
     from types import FrameType
 
@@ -15,42 +17,61 @@ if TYPE_CHECKING:
     from synthia_vllm.service import Service
     from synthia_vllm.settings import Settings
 
+# After the time to finish is over, the seconds that last words and closing get.
+_LAST_WORDS_SECONDS = 2
+
 
 class Server(uvicorn.Server):
     """Uvicorn that drains: a first SIGTERM or Ctrl-C lets running answers finish.
 
     While draining, the port stays open so that `/ready` and new requests are answered with 503
-    instead of a refused connection. A second signal stops at once.
+    instead of a refused connection. When the time to finish is over, what still runs ends with
+    an error. A second signal stops at once: `hurried` is then true, and nothing was closed.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
+        limits = settings.limits
+        guard = guarded(
+            ConnectionLimits(
+                max_header_bytes=limits.max_header_bytes,
+                max_connections=limits.max_connections,
+                receive_seconds=limits.receive_seconds,
+                stalled_seconds=limits.stalled_seconds,
+            )
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 host=settings.host,
                 port=settings.port,
                 loop="uvloop",
-                http="httptools",
+                http=guard,
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=2,
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             )
         )
         self._service: Service = app.state.service
         self._grace = settings.shutdown_grace_seconds
         self._deadline: float | None = None
+        self.hurried = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._deadline is not None or self._service.phase in ("starting", "dead"):
-            super().handle_exit(sig, frame)
-            return
-        self._service.phase = "draining"
-        self._deadline = time.monotonic() + self._grace
+        if self._deadline is not None:
+            self.hurried = self.force_exit = self.should_exit = True
+        elif self._service.phase in ("starting", "dead"):
+            self._deadline = time.monotonic()
+            self.should_exit = True
+        else:
+            self._service.phase = "draining"
+            self._deadline = time.monotonic() + self._grace
 
     async def on_tick(self, counter: int) -> bool:
-        if self._deadline is not None and (
-            self._service.in_flight == 0 or time.monotonic() > self._deadline
-        ):
-            self.should_exit = True
+        if self._service.phase == "draining" and self._deadline is not None:
+            over = time.monotonic() > self._deadline
+            if over:
+                self._service.end_all()
+            if self._service.in_flight == 0 or over:
+                self.should_exit = True
         return await super().on_tick(counter)

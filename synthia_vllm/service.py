@@ -1,25 +1,40 @@
-"""What the routes share: the engine, and how far it is in its life."""
+"""What the routes share: the engine, its users, and how far it is in its life."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from synthia_vllm.errors import EngineDead, StartupError, Unavailable
+from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
+from synthia_vllm.tenants import Tenants
+from synthia_vllm.transcript import Transcripts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from synthia_vllm.engine import Engine
     from synthia_vllm.metrics import Metrics
     from synthia_vllm.settings import Settings
 
+logger = logging.getLogger(__name__)
+
 Phase = Literal["starting", "serving", "draining", "dead"]
 
 
+class Endable(Protocol):
+    """Something that is being answered."""
+
+    def end(self, error: ApiError) -> None:
+        """End it with `error`."""
+
+
 class Service:
-    """One engine, its settings and metrics, and the phase it is in."""
+    """One engine, its settings, users and metrics, and the phase it is in.
+
+    Raises `StartupError` if the key file or the place for transcripts cannot be used.
+    """
 
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.engine = engine
@@ -27,8 +42,56 @@ class Service:
         self.metrics = metrics
         self.phase: Phase = "starting"
         self.failure: StartupError | EngineDead | None = None
-        self.in_flight = 0
         self.created = int(time.time())
+        self.tenants = Tenants(
+            settings.keys_file,
+            max_requests=settings.limits.max_requests,
+            max_queue_seconds=settings.limits.max_queue_seconds,
+        )
+        self.reload_wanted = False
+        """Set by a signal: the key file is read again, changed or not."""
+        self._open: set[Endable] = set()
+        self._transcripts: Transcripts | None = None
+        where = settings.transcripts
+        if where.directory is not None:
+            self._transcripts = Transcripts(
+                where.directory,
+                max_bytes=where.max_bytes,
+                keep=where.keep,
+                fsync=where.fsync,
+                on_written=metrics.transcript_lines.inc,
+                on_failed=metrics.transcript_failures.inc,
+            )
+
+    @property
+    def in_flight(self) -> int:
+        """Chat requests being answered."""
+        return len(self._open)
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether anybody will ask for the text of an answer after it was sent."""
+        return self._transcripts is not None or self.settings.log_content
+
+    def open(self, exchange: Endable) -> None:
+        """`exchange` has arrived."""
+        self._open.add(exchange)
+        self.metrics.in_flight.inc()
+
+    def closed(self, exchange: Endable) -> None:
+        """`exchange` is over."""
+        self._open.remove(exchange)
+        self.metrics.in_flight.dec()
+
+    def end_all(self) -> None:
+        """End what is still being answered: the time to finish is over."""
+        for exchange in list(self._open):
+            exchange.end(
+                Unavailable(
+                    "The server is shutting down and could not finish this answer.",
+                    code="draining",
+                )
+            )
 
     def require_serving(self) -> None:
         """Raise if requests cannot be taken now."""
@@ -43,15 +106,48 @@ class Service:
             code=self.phase,
         )
 
+    def count_error(self, error: ApiError, user: str | None) -> None:
+        """An error went to a client; `user` if it is known who that is."""
+        code = error.code or "other"
+        self.metrics.errors.labels(code).inc()
+        if user is not None and error.status in (403, 429) and not self.tenants.open:
+            self.metrics.user_refusals.labels(user, code).inc()
+
+    def count_tokens(self, user: str, prompt: int, answer: int) -> None:
+        """Tokens ran for `user`."""
+        if not self.tenants.open:
+            self.metrics.user_tokens.labels(user, "prompt").inc(prompt)
+            self.metrics.user_tokens.labels(user, "answer").inc(answer)
+
+    def keep(self, user: str, question: str, answers: Sequence[str]) -> None:
+        """Keep a whole answer in the transcripts, if there are any."""
+        if self._transcripts is not None:
+            for answer in answers:
+                self._transcripts.add(user, question, answer)
+
+    def _look_at_keys(self) -> None:
+        """Read the key file again if it has changed; a bad one leaves the users as they are."""
+        wanted, self.reload_wanted = self.reload_wanted, False
+        try:
+            if not self.tenants.reload(only_if_changed=not wanted):
+                return
+        except StartupError as error:
+            self.metrics.key_reload_failures.inc()
+            logger.error("%s The users stay as they were.", error)
+        else:
+            logger.info("The key file was read: %d users.", len(self.tenants.names))
+
     async def run(self, progress: Callable[[str], None], on_failure: Callable[[], None]) -> None:
         """Start the engine, then watch it until this task is cancelled."""
         try:
             await self.engine.start(progress)
+            self.tenants.batch = self.engine.traits.max_num_seqs
             self.phase = "serving"
             host, port = self.settings.host, self.settings.port
             progress(f"ready: {', '.join(self.settings.served)} at http://{host}:{port}/v1")
             while True:
                 self.engine.check()
+                self._look_at_keys()
                 await asyncio.sleep(0.25)
         except (StartupError, EngineDead) as error:
             if self.phase == "draining":  # Ctrl-C reaches the engine's processes too
@@ -59,3 +155,8 @@ class Service:
             self.phase = "dead"
             self.failure = error
             on_failure()
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        if self._transcripts is not None:
+            self._transcripts.close()

@@ -39,10 +39,26 @@ class SamplingDefaults(_Section):
 
 
 class Limits(_Section):
-    """Bounds on what one request may ask for."""
+    """Bounds on what one request, one connection, and all of them together may take."""
 
     max_body_bytes: int = Field(1024 * 1024, ge=1024)
     max_n: int = Field(16, ge=1, le=128)
+    max_requests: int = Field(1024, ge=1)
+    max_queue_seconds: float = Field(30.0, gt=0)
+    request_seconds: float = Field(600.0, gt=0)
+    max_header_bytes: int = Field(32 * 1024, ge=1024)
+    max_connections: int = Field(4096, ge=1)
+    receive_seconds: float = Field(30.0, gt=0)
+    stalled_seconds: float = Field(30.0, gt=0)
+
+
+class Transcript(_Section):
+    """Whether and how conversations are kept on disk."""
+
+    directory: Path | None = None
+    max_bytes: int = Field(100 * 1024 * 1024, ge=4096)
+    keep: int = Field(10, ge=1)
+    fsync: Literal["never", "always"] = "never"
 
 
 class Settings(_Section):
@@ -58,9 +74,15 @@ class Settings(_Section):
     overflow: Literal["error", "drop-oldest"] = "error"
     answer_reserve: int = Field(256, ge=1)
     sampling: SamplingDefaults = SamplingDefaults()
+    keys_file: Path | None = None
+    metrics: Literal["open", "key", "off"] = "open"
     limits: Limits = Limits()
+    sse_keepalive_seconds: float = Field(0.0, ge=0)
+    transcripts: Transcript = Transcript()
     shutdown_grace_seconds: Annotated[float, Field(ge=0)] = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["human", "json"] = "human"
+    log_content: bool = False
     engine: dict[str, Any] = Field(default_factory=dict)
 
     @property

@@ -6,6 +6,7 @@ request; per token there is the answer rule, one JSON string, and one send for a
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
@@ -15,14 +16,17 @@ from pydantic_core import to_json
 from synthia_vllm.errors import ApiError, EngineFault
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable
+
     from starlette.types import Send
 
     from synthia_vllm.chat import Piece, Prepared, Reply
-    from synthia_vllm.engine import Engine
+    from synthia_vllm.engine import Engine, Step
     from synthia_vllm.metrics import ModelSeries
     from synthia_vllm.protocol import Usage
 
 DONE: Final = b"data: [DONE]\n\n"
+_COMMENT: Final = b": waiting\n\n"  # not an event: clients pass over it
 
 
 class Events:
@@ -78,22 +82,36 @@ async def stream_answer(
     headers: list[tuple[bytes, bytes]],
     series: ModelSeries,
     arrived: float,
+    keepalive: float,
 ) -> None:
     """Run `prepared` and send its answer.
 
     The response starts with the engine's first step. An `ApiError` before that is raised, to be
-    answered with its own status; after that it is sent as the last event.
+    answered with its own status; after that it is sent as the last event. With `keepalive`, the
+    response starts after that many seconds at the latest, and as often a comment is sent while
+    the first step is waited for, so that no proxy takes the connection for dead.
     """
     started = False
     last_text = arrived
     body: dict[str, Any] = {"type": "http.response.body", "more_body": True}
+
+    async def start() -> None:
+        nonlocal started
+        started = True
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    async def alive() -> None:
+        if not started:
+            await start()
+        await send({**body, "body": _COMMENT})
+
     try:
-        async with aclosing(engine.generate(prepared.work)) as steps:
+        async with aclosing(engine.generate(prepared.work)) as generated:
+            steps = _with_sign_of_life(generated, keepalive, alive) if keepalive else generated
             async for step in steps:
                 chunk = b"".join([events.piece(*piece) for piece in reply.take(step)])
                 if not started:
-                    started = True
-                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                    await start()
                 if chunk:
                     now = time.perf_counter()
                     latency = now - last_text
@@ -116,3 +134,21 @@ async def stream_answer(
             chunk += events.usage(reply.usage())
         chunk += DONE
     await send({"type": "http.response.body", "body": chunk})
+
+
+async def _with_sign_of_life(
+    steps: AsyncGenerator[Step, None], seconds: float, alive: Callable[[], Awaitable[None]]
+) -> AsyncGenerator[Step, None]:
+    """`steps`; while the first of them is waited for, `alive` is called every `seconds`."""
+    first = asyncio.ensure_future(anext(steps))
+    try:
+        while not (await asyncio.wait((first,), timeout=seconds))[0]:
+            await alive()
+        yield first.result()
+    except StopAsyncIteration:
+        return
+    finally:
+        first.cancel()
+        await asyncio.wait((first,))
+    async for step in steps:
+        yield step

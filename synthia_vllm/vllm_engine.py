@@ -10,13 +10,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import multiprocessing
 import os
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from synthia_vllm import leash
 from synthia_vllm.engine import Traits
 from synthia_vllm.errors import (
     EngineDead,
@@ -35,8 +39,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# Seconds that the engine core gets to end by itself. What it holds is of no use to anyone then.
+_CLOSING_SECONDS: Final = 1.0
+
 # Ours to set, from the server's own settings.
 _RESERVED: Final = {"model": "model", "served_model_name": "served_name"}
+
+# Fair shares are stamped on requests as priorities, see `tenants.py`. A user's `engine:` wins.
+_DEFAULTS: Final[dict[str, Any]] = {"scheduling_policy": "priority"}
 
 # On a CPU, compiling doubles the start and buys little for a small model, and float32 decodes
 # faster than bfloat16 where the processor has no bfloat16 units. A user's `engine:` wins.
@@ -56,6 +66,9 @@ class VllmEngine:
         self._options = dict(options)
         self._llm: Any = None
         self._traits: Traits | None = None
+        self._takes_priority = False
+        self._closed = False
+        self._run_directory: str | None = None
         # Tokenising is CPU work; the event loop does not wait for it.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 
@@ -80,10 +93,18 @@ class VllmEngine:
 
     def _start(self, progress: Callable[[str], None]) -> None:
         _prepare_environment(self._options)
+        # A place of our own for vLLM's sockets, which it leaves behind; and, for its processes,
+        # whom to follow into death (see `leash.py`).
+        self._run_directory = tempfile.mkdtemp(prefix="synthia-vllm-")
+        os.environ["VLLM_RPC_BASE_PATH"] = self._run_directory
+        os.environ[leash.DIRECTORY] = self._run_directory
+        os.environ[leash.SERVER] = str(os.getpid())
         progress("loading vLLM")
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = _engine_args(self._model, self._options)
+        if self._closed:
+            raise StartupError("The server was stopped while it started.")
         progress("starting the engine process, reading weights, allocating the KV cache")
         # Not kept in a variable here: something of torch's remembers this frame, and an engine
         # that is still referred to at exit complains when it is finalised.
@@ -93,6 +114,8 @@ class VllmEngine:
     def _look_around(self) -> None:
         """Learn what the loaded model and its tokenizer are."""
         llm = self._llm
+        scheduler = llm.vllm_config.scheduler_config
+        self._takes_priority = scheduler.policy == "priority"
         tokenizer = llm.get_tokenizer()
         self._encoders = _encoders(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
@@ -102,6 +125,7 @@ class VllmEngine:
             vocab_size=llm.model_config.get_vocab_size(),
             longest_token=max(map(len, tokenizer.get_vocab())),
             max_logprobs=llm.model_config.max_logprobs,
+            max_num_seqs=scheduler.max_num_seqs,
             versions=versions(),
         )
 
@@ -135,6 +159,7 @@ class VllmEngine:
                 make(prompt_token_ids=work.prompt_token_ids),
                 _sampling_params(work),
                 work.request_id,
+                priority=work.priority if self._takes_priority else 0,
             )
             async for step in steps:
                 started = True
@@ -152,12 +177,26 @@ class VllmEngine:
             raise EngineDead
 
     async def close(self) -> None:
+        self._closed = True
         llm, self._llm = self._llm, None
-        if llm is not None:
-            await asyncio.get_running_loop().run_in_executor(self._threads, llm.shutdown)
+        if llm is None:
+            self.kill()
+        else:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._threads, llm.shutdown, _CLOSING_SECONDS)
             del llm
             gc.collect()  # see `_start`
         self._threads.shutdown(wait=False)
+        self._tidy()
+
+    def kill(self) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()  # its own children follow it
+        self._tidy()
+
+    def _tidy(self) -> None:
+        if self._run_directory is not None:
+            shutil.rmtree(self._run_directory, ignore_errors=True)
 
 
 def versions() -> dict[str, str]:
@@ -256,7 +295,7 @@ def _engine_args(model: str, options: Mapping[str, Any]) -> Any:
                 f"engine.{name}: this vLLM's AsyncEngineArgs has no such option. "
                 "`synthia-vllm serve --help` says where the list is."
             )
-    chosen = (dict(_CPU_DEFAULTS) if current_platform.is_cpu() else {}) | dict(options)
+    chosen = _DEFAULTS | (_CPU_DEFAULTS if current_platform.is_cpu() else {}) | dict(options)
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
 
     def refuse(message: str) -> NoReturn:

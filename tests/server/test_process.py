@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,12 +58,12 @@ def alive(pid: int) -> bool:
 
 
 @contextmanager
-def command(demo: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def command(demo: Path, log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`synthia-vllm serve --model demo` as a process; nothing of it is left behind."""
     port = free_port()
     with log.open("w") as stderr:
         process = subprocess.Popen(
-            [COMMAND, "serve", "--model", "demo", "--port", str(port)],
+            [COMMAND, "serve", "--model", "demo", "--port", str(port), *flags],
             stderr=stderr,
             env=os.environ | {"XDG_CACHE_HOME": str(demo.parent.parent)},
         )
@@ -71,7 +73,7 @@ def command(demo: Path, log: Path) -> Iterator[tuple[subprocess.Popen[bytes], st
         wait_until(lambda: status(f"{url}/ready") or process.poll() is not None, 60)
         assert status(f"{url}/ready") == 503
         assert status(f"{url}/health") == 503
-        assert httpx.post(f"{url}/v1/chat/completions", json=LONG).status_code == 503
+        assert httpx.post(f"{url}/v1/chat/completions", json=LONG).status_code in (401, 503)
         wait_until(lambda: status(f"{url}/ready") == 200 or process.poll() is not None, 240)
         assert process.poll() is None, log.read_text()
         below = [pid for pid, _ in children(process.pid)]
@@ -104,17 +106,92 @@ def test_sigterm_drains(demo: Path, tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_death_of_the_engine(demo: Path, tmp_path: Path) -> None:
-    """SIGKILL of the engine core: open streams get an error event, the process exits with 1."""
-    with command(demo, tmp_path / "log") as (process, url):
-        [core] = [pid for pid, line in children(process.pid) if "EngineCore" in line]
+@pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
+def test_death_of_the_engine(demo: Path, tmp_path: Path, victim: str) -> None:
+    """SIGKILL of an engine process: every open request is told, the process exits with 1."""
+    with command(demo, tmp_path / "log") as (process, url), ThreadPoolExecutor(1) as pool:
+        [core] = [pid for pid, line in children(process.pid) if victim in line]
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as response:
             lines = response.iter_lines()
             next(lines)
+            plain = pool.submit(
+                httpx.post, f"{url}/v1/chat/completions", json=LONG | {"stream": False}, timeout=60
+            )
+            wait_until(lambda: "synthia_requests_in_flight 2" in httpx.get(f"{url}/metrics").text)
             os.kill(core, signal.SIGKILL)
             *_, last = [line for line in lines if line]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+            assert plain.result().json()["error"]["code"] == "engine_dead"
         assert process.wait(60) == 1
+
+
+def shared_memory() -> set[str]:
+    """Segments that vLLM's message queues and Python's semaphores use."""
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name[:3] in ("psm", "sem")}
+
+
+def test_death_of_the_server(demo: Path, tmp_path: Path) -> None:
+    """SIGKILL of the server: its engine ends too, and no memory or socket is left behind."""
+    before = shared_memory()
+    places = set(Path(tempfile.gettempdir()).glob("synthia-vllm-*"))
+    with command(demo, tmp_path / "log") as (process, url):
+        assert shared_memory() > before
+        assert set(Path(tempfile.gettempdir()).glob("synthia-vllm-*")) > places
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as response:
+            next(response.iter_lines())
+            process.kill()
+    # `command` has seen the end of all processes.
+    wait_until(lambda: shared_memory() == before, 30)
+    assert set(Path(tempfile.gettempdir()).glob("synthia-vllm-*")) == places
+
+
+def test_second_sigterm_is_immediate(demo: Path, tmp_path: Path) -> None:
+    """SIGHUP reads the keys again; a second SIGTERM does not wait for answers."""
+    log, file = tmp_path / "log", tmp_path / "keys.yaml"
+    made = subprocess.run(
+        [COMMAND, "keys", "new", "alice", "--file", str(file)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    headers = {"Authorization": f"Bearer {made.stdout.strip()}"}
+    with command(demo, log, "--set", f"keys_file={file}") as (process, url):
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: "The key file was read: 1 users" in log.read_text())
+        with httpx.stream(
+            "POST",
+            f"{url}/v1/chat/completions",
+            json=LONG | {"max_tokens": 1500},
+            headers=headers,
+            timeout=60,
+        ) as response:
+            next(response.iter_lines())
+            process.send_signal(signal.SIGTERM)
+            wait_until(lambda: status(f"{url}/ready") == 503)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 1
+        assert made.stdout.strip() not in log.read_text()
+
+
+def test_sigterm_while_starting(demo: Path, tmp_path: Path) -> None:
+    """A server that is stopped before it is ready ends with 0 and leaves no process."""
+    port = free_port()
+    with (tmp_path / "log").open("w") as stderr:
+        process = subprocess.Popen(
+            [COMMAND, "serve", "--model", "demo", "--port", str(port)],
+            stderr=stderr,
+            env=os.environ | {"XDG_CACHE_HOME": str(demo.parent.parent)},
+        )
+    try:
+        wait_until(lambda: any("EngineCore" in line for _, line in children(process.pid)), 120)
+        below = [pid for pid, _ in children(process.pid)]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        wait_until(lambda: not any(alive(pid) for pid in below), 30)
+        assert "Traceback" not in (tmp_path / "log").read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.parametrize(

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import openai
 import pytest
+import yaml
 from serving import Running, running, wait_until
 
 from synthia_vllm.errors import EngineFault, StartupError
 from synthia_vllm.fake import FakeEngine
-from synthia_vllm.settings import Settings
+from synthia_vllm.tenants import new_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 PIECES = (" \n", " He", "llo", ".", " \n", "US", "ER", ": next", " question")
 USER = {"role": "user", "content": "Hi"}
@@ -31,7 +36,9 @@ def server() -> Iterator[Running]:
 
 
 def post(server: Running, body: Any = None, **options: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body or BODY, **options)
+    if "content" not in options:
+        options["json"] = body or BODY
+    return httpx.post(f"{server.url}/v1/chat/completions", timeout=30, **options)
 
 
 def events(response: httpx.Response) -> list[dict[str, Any]]:
@@ -537,10 +544,284 @@ def test_openapi_describes_the_chat_route(server: Running) -> None:
     assert {"messages", "stop", "top_k", "response_format"} <= set(fields)
 
 
-def test_no_log_line_has_a_prompt(server: Running, caplog: pytest.LogCaptureFixture) -> None:
-    """A request is logged by its counts and times, never by its text."""
+# --- users ------------------------------------------------------------------------------------
+
+
+def key_file(place: Path, **users: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Write a key file with `users`; return the header each of them sends."""
+    headers, document = {}, {}
+    for name, limits in users.items():
+        key, key_hash = new_key()
+        headers[name] = {"Authorization": f"Bearer {key}"}
+        document[name] = {"keys": [key_hash], **limits}
+    place.write_text(yaml.safe_dump({"users": document}))
+    return headers
+
+
+def test_routes_that_need_a_key(tmp_path: Path) -> None:
+    """With a key file all but the probes need a key; `/metrics` as it is set."""
+    file = tmp_path / "keys.yaml"
+    keys = key_file(file, alice={})
+    for metrics, without, with_key in (("open", 200, 200), ("key", 401, 200), ("off", 401, 404)):
+        with running(FakeEngine(PIECES), keys_file=file, metrics=metrics) as server:
+            for path, expected in (
+                ("/health", 200), ("/ready", 200), ("/metrics", without), ("/version", 401),
+                ("/v1/models", 401), ("/openapi.json", 401), ("/nope", 401),
+            ):  # fmt: skip
+                response = httpx.get(server.url + path)
+                assert response.status_code == expected, path
+                if expected == 401:
+                    assert response.json()["error"]["code"] == "invalid_api_key"
+                    assert response.headers["www-authenticate"] == "Bearer"
+            assert post(server).status_code == 401
+            assert post(server, headers={"Authorization": "Bearer wrong"}).status_code == 401
+            assert post(server, headers=keys["alice"]).status_code == 200
+            found = httpx.get(f"{server.url}/metrics", headers=keys["alice"])
+            assert found.status_code == with_key
+
+
+def test_the_stock_client_with_a_wrong_key(tmp_path: Path) -> None:
+    """OpenAI's client sees its own exception types for 401, 403 and 429."""
+    file = tmp_path / "keys.yaml"
+    keys = key_file(file, alice={"models": ["synthia-demo-tot"], "requests_per_minute": 2})
+    with running(FakeEngine(PIECES), keys_file=file) as server:
+        client = server.client
+        with pytest.raises(openai.AuthenticationError):
+            client.chat.completions.create(**BODY)
+        client = client.with_options(api_key=keys["alice"]["Authorization"].split()[1])
+        assert [m.id for m in client.models.list().data] == ["synthia-demo-tot"]
+        with pytest.raises(openai.PermissionDeniedError) as forbidden:
+            client.chat.completions.create(**BODY)
+        assert forbidden.value.param == "model"
+        client.chat.completions.create(**BODY | {"model": "synthia-demo-tot"})
+        with pytest.raises(openai.RateLimitError) as limited:
+            client.chat.completions.create(**BODY | {"model": "synthia-demo-tot"})
+        assert limited.value.code == "requests_per_minute"
+        assert 0 < int(limited.value.response.headers["retry-after"]) <= 30
+        assert server.value(
+            "synthia_user_refusals_total", user="alice", code="requests_per_minute"
+        ) == 1  # fmt: skip
+
+
+def test_waiting_as_told_is_enough(tmp_path: Path) -> None:
+    """A client that waits for as long as `Retry-After` says is served."""
+    file = tmp_path / "keys.yaml"
+    keys = key_file(file, alice={"requests_per_minute": 20, "tokens_per_minute": 100_000})
+    with running(FakeEngine(PIECES), keys_file=file) as server:
+        refused = post(server, headers=keys["alice"])
+        while refused.status_code == 200:
+            refused = post(server, headers=keys["alice"])
+        assert refused.status_code == 429
+        time.sleep(int(refused.headers["retry-after-ms"]) / 1000)
+        served = post(server, headers=keys["alice"])
+        assert served.status_code == 200
+        assert served.headers["x-ratelimit-limit-requests"] == "20"
+        assert served.headers["x-ratelimit-remaining-requests"] == "0"
+        assert 0 < float(served.headers["x-ratelimit-reset-requests"].rstrip("s")) <= 60
+        assert int(served.headers["x-ratelimit-remaining-tokens"]) > 90_000
+
+
+def test_limits_of_a_user(tmp_path: Path) -> None:
+    """The ceiling of an answer is the default too; more is refused by name; tokens run out."""
+    file = tmp_path / "keys.yaml"
+    keys = key_file(file, short={"max_tokens": 50}, poor={"tokens_per_minute": 60})
+    with running(FakeEngine(PIECES), keys_file=file) as server:
+        assert post(server, headers=keys["short"]).status_code == 200
+        assert server.engine.seen[-1].sampling.max_tokens == 50  # type: ignore[attr-defined]
+        refused = post(server, BODY | {"max_tokens": 51}, headers=keys["short"])
+        assert refused.json()["error"]["param"] == "max_tokens"
+        small = BODY | {"max_tokens": 10}
+        codes = [post(server, small, headers=keys["poor"]).status_code for _ in range(4)]
+        assert codes[0] == 200
+        assert codes[-1] == 429
+        told = post(server, small, headers=keys["poor"])
+        assert told.json()["error"]["code"] == "tokens_per_minute"
+        tokens = sum(
+            server.value("synthia_user_tokens_total", user="poor", kind=kind)
+            for kind in ("prompt", "answer")
+        )
+        assert 0 < tokens <= 60
+
+
+def test_keys_are_reloaded(tmp_path: Path) -> None:
+    """A changed key file is taken over while streams go on; a broken one changes nothing."""
+    file = tmp_path / "keys.yaml"
+    keys = key_file(file, alice={})
+    with running(FakeEngine((" a",) * 400, delay=0.005), keys_file=file) as server:
+        with httpx.stream(
+            "POST",
+            f"{server.url}/v1/chat/completions",
+            json=BODY | {"stream": True},
+            headers=keys["alice"],
+        ) as response:
+            lines = response.iter_lines()
+            next(lines)
+            other = key_file(file, bob={})
+            wait_until(
+                lambda: (
+                    httpx.get(f"{server.url}/v1/models", headers=other["bob"]).status_code == 200
+                )
+            )
+            assert post(server, headers=keys["alice"]).status_code == 401
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        file.write_text("users: [")
+        wait_until(lambda: server.value("synthia_key_reload_failures_total"))
+        assert httpx.get(f"{server.url}/v1/models", headers=other["bob"]).status_code == 200
+        server.app.state.service.reload_wanted = True  # as SIGHUP does
+        wait_until(lambda: server.value("synthia_key_reload_failures_total") == 2)
+
+
+def test_priorities_reach_the_engine(tmp_path: Path) -> None:
+    """A flood's later requests are stamped behind those of a user who comes after them."""
+    file = tmp_path / "keys.yaml"
+    keys = key_file(file, flood={}, light={})
+    with running(FakeEngine((" a",) * 1000, delay=0.02), keys_file=file) as server:
+        with ThreadPoolExecutor(9) as pool:
+            for _ in range(8):
+                pool.submit(post, server, BODY | {"max_tokens": 100}, headers=keys["flood"])
+            wait_until(lambda: len(server.engine.seen) == 8)  # type: ignore[attr-defined]
+            pool.submit(post, server, BODY | {"max_tokens": 100}, headers=keys["light"])
+            wait_until(lambda: len(server.engine.seen) == 9)  # type: ignore[attr-defined]
+        *flood, light = [work.priority for work in server.engine.seen]  # type: ignore[attr-defined]
+        assert flood == sorted(flood)
+        assert len(set(flood)) == 8
+        assert light <= flood[1]
+
+
+# --- overload, deadlines, stopping ------------------------------------------------------------
+
+
+def test_a_full_server_says_when_to_come_back() -> None:
+    """Beyond `max_requests` there is a 503 at once, before the body is looked at."""
+    with running(FakeEngine((" a",) * 1000, delay=0.02), limits={"max_requests": 2}) as server:
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(2):
+                pool.submit(post, server, BODY | {"max_tokens": 60})
+            wait_until(lambda: len(server.engine.seen) == 2)  # type: ignore[attr-defined]
+            refused = post(server, content=b"not even JSON")
+            assert refused.status_code == 503
+            assert refused.json()["error"]["code"] == "server_full"
+            assert int(refused.headers["retry-after"]) >= 1
+        assert post(server, BODY | {"max_tokens": 5}).status_code == 200
+        assert server.value("synthia_errors_total", code="server_full") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_deadline(stream: bool) -> None:
+    """When the time is up the engine is freed, and the client is told: by a status or an event."""
+    with running(FakeEngine((" a",) * 1000, delay=0.02)) as server:
+        headers = {"X-Request-Timeout": "0.3", "X-Request-Id": "late"}
+        response = post(server, BODY | {"stream": stream}, headers=headers)
+        assert response.status_code == (200 if stream else 504)
+        error = events(response)[-1]["error"] if stream else response.json()["error"]
+        assert error["code"] == "deadline_exceeded"
+        assert "0.3 seconds" in error["message"]
+        assert server.engine.aborted == ["late"]  # type: ignore[attr-defined]
+        for wrong in ("0", "-1", "nan", "soon", ""):
+            refused = post(server, headers={"X-Request-Timeout": wrong})
+            assert refused.json()["error"]["param"] == "X-Request-Timeout"
+
+
+def test_the_servers_own_deadline() -> None:
+    """Without a header, and for a header that asks for more, the server's limit holds."""
+    limits = {"request_seconds": 0.2}
+    with running(FakeEngine((" a",) * 1000, delay=0.02), limits=limits) as server:
+        assert post(server).status_code == 504
+        assert post(server, headers={"X-Request-Timeout": "inf"}).status_code == 504
+
+
+def test_keepalive_comments() -> None:
+    """While the first token is waited for, comments are sent; the events are as without them."""
+    with running(FakeEngine(PIECES, delay=0.3), sse_keepalive_seconds=0.05) as server:
+        response = post(server, BODY | {"stream": True})
+        assert response.text.startswith(": waiting\n\n: waiting\n\n")
+        chunks = list(server.client.chat.completions.create(**BODY, stream=True))
+        assert "".join(c.choices[0].delta.content or "" for c in chunks) == "Hello."
+    with running(FakeEngine(fault=EngineFault(), delay=0.2), sse_keepalive_seconds=0.05) as server:
+        response = post(server, BODY | {"stream": True})
+        assert response.status_code == 200
+        assert '"code":"engine_fault"' in response.text.split("\n\n")[-2]
+    with running(FakeEngine(PIECES, delay=0.01), sse_keepalive_seconds=5) as server:
+        assert "waiting" not in post(server, BODY | {"stream": True}).text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves_before_the_first_token(stream: bool) -> None:
+    """Also with keep-alive comments, a client that leaves while it waits frees the engine."""
+    with running(FakeEngine(PIECES, delay=30), sse_keepalive_seconds=0.05) as server:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{server.url}/v1/chat/completions",
+                json=BODY | {"stream": stream},
+                timeout=httpx.Timeout(5, read=0.02 if stream else 0.3),
+            ).read()
+        wait_until(lambda: server.value("synthia_requests_in_flight") == 0)
+        assert len(server.engine.aborted) == 1  # type: ignore[attr-defined]
+
+
+def test_the_end_of_the_grace_time_is_told() -> None:
+    """SIGTERM: what is not finished in time gets an error event or a 503, not a broken pipe."""
+    engine = FakeEngine((" a",) * 1000, delay=0.02)
+    with running(engine, shutdown_grace_seconds=0.3) as server, ThreadPoolExecutor(2) as pool:
+        streamed = pool.submit(post, server, BODY | {"stream": True})
+        plain = pool.submit(post, server)
+        wait_until(lambda: len(engine.seen) == 2)
+        server.server.handle_exit(signal.SIGTERM, None)
+        refused = post(server)
+        assert refused.status_code == 503
+        assert refused.headers["connection"] == "close"
+        assert refused.headers["retry-after"]
+        assert events(streamed.result())[-1]["error"]["code"] == "draining"
+        assert plain.result().status_code == 503
+        assert plain.result().json()["error"]["code"] == "draining"
+    assert len(engine.aborted) == 2
+
+
+def test_transcripts(tmp_path: Path) -> None:
+    """Whole answers are kept, a file a user, as the card keeps them; a cut one is not."""
+    file = tmp_path / "keys.yaml"
+    keys = key_file(file, alice={}, bob={})
+    place = tmp_path / "transcripts"
+    with running(FakeEngine(PIECES), keys_file=file, transcripts={"directory": place}) as server:
+        for stream in (False, True):
+            assert post(server, BODY | {"stream": stream}, headers=keys["alice"]).status_code == 200
+        post(server, BODY | {"n": 2}, headers=keys["bob"])
+        post(server, BODY | {"n": 99}, headers=keys["bob"])
+        wait_until(lambda: server.value("synthia_transcript_lines_total") == 4)
+    line = {"prompt": "Hi", "answer": "Hello."}
+    for name in ("alice", "bob"):
+        found = (place / f"{name}.jsonl").read_text().splitlines()
+        assert [json.loads(text) for text in found] == [line, line]
+
+
+def test_transcripts_that_cannot_be_written(tmp_path: Path) -> None:
+    """Answers go on when transcripts cannot be kept, and the loss is counted."""
+    place = tmp_path / "transcripts"
+    with running(FakeEngine(PIECES), transcripts={"directory": place}) as server:
+        (place / "anonymous.jsonl").mkdir()  # whatever is in the way of writing
+        assert post(server).status_code == 200
+        wait_until(lambda: server.value("synthia_transcript_failures_total") == 1)
+        assert post(server).status_code == 200
+
+
+def test_logs_say_who_and_how_much(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A line a request, with id, user, counts and times; the texts only if they are asked for."""
     caplog.set_level("INFO")
-    post(server, BODY | {"messages": [{"role": "user", "content": "my secret"}]})
-    assert "prompt=" in caplog.text
-    assert "secret" not in caplog.text
-    assert Settings().log_level == "info"
+    file = tmp_path / "keys.yaml"
+    keys = key_file(file, alice={})
+    for content in (False, True):
+        caplog.clear()
+        with running(FakeEngine(PIECES), keys_file=file, log_content=content) as server:
+            usage = post(server, headers=keys["alice"] | {"X-Request-Id": "r1"}).json()["usage"]
+            post(server)
+        [answered, refused] = [r.fields for r in caplog.records if r.getMessage() == "chat"]  # type: ignore[attr-defined]
+        assert answered["id"] == "r1"
+        assert (answered["user"], answered["status"]) == ("alice", 200)
+        assert answered["prompt_tokens"] == usage["prompt_tokens"]
+        assert answered["answer_tokens"] == usage["completion_tokens"]
+        assert 0 <= answered["first_token_ms"] <= answered["total_ms"]
+        assert answered["finish"] == "stop"
+        assert ("Hello." in answered.get("answers", [])) == content
+        assert ("Hi" in answered.get("prompt", "")) == content
+        assert (refused["user"], refused["status"]) == ("-", 401)
+        assert keys["alice"]["Authorization"].split()[1] not in caplog.text

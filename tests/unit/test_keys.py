@@ -1,0 +1,74 @@
+"""`synthia-vllm keys`: the key file through the command."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from synthia_vllm.cli import main
+from synthia_vllm.tenants import Tenants
+
+
+def keys(*arguments: str | Path) -> int:
+    return main(["keys", *map(str, arguments)])
+
+
+def identify(file: Path, key: str) -> str:
+    tenants = Tenants(file, max_requests=1, max_queue_seconds=1)
+    return tenants.identify(f"Bearer {key}".encode())
+
+
+def test_new_key_works_and_is_shown_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The printed key identifies its user; the file, which only its owner reads, has no key."""
+    file = tmp_path / "keys.yaml"
+    assert keys("new", "alice", "--file", file, "--weight", 3, "--max-tokens", 100) == 0
+    first = capsys.readouterr().out.strip()
+    assert keys("new", "alice", "--file", file) == 0
+    second = capsys.readouterr().out.strip()
+    assert first != second
+    assert {identify(file, key) for key in (first, second)} == {"alice"}
+    assert first not in file.read_text()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert keys("list", "--file", file) == 0
+    assert capsys.readouterr().out == "alice: 2 key(s), weight=3, max_tokens=100\n"
+
+
+def test_comments_survive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What a person wrote into the file stays, also the limits of others."""
+    file = tmp_path / "keys.yaml"
+    file.write_text("# our users\nusers:\n  bob:  # the batch jobs\n    weight: 0.5\n")
+    assert keys("new", "alice", "--file", file, "--models", "a", "b") == 0
+    assert keys("new", "bob", "--file", file) == 0
+    content = file.read_text()
+    assert content.startswith("# our users\nusers:\n  bob:  # the batch jobs\n    weight: 0.5\n")
+    assert keys("remove", "alice", "--file", file) == 0
+    assert "alice" not in file.read_text()
+    capsys.readouterr()
+    keys("list", "--file", file)
+    assert capsys.readouterr().out == "bob: 1 key(s), weight=0.5\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["new", "../alice"], "users"),
+        (["new", "alice", "--weight", "0"], "weight"),
+        (["remove", "nobody"], "no user nobody"),
+        (["list", "--file", "/no/such/keys.yaml"], "keys new NAME"),
+        (["new", "alice", "--file", "/no/such/keys.yaml"], "Cannot write"),
+    ],
+)
+def test_wrong_commands_change_nothing(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad name or limit is an error in plain words, and the file stays as it was."""
+    file = tmp_path / "keys.yaml"
+    file.write_text("users: {}\n")
+    assert main(["keys", arguments[0], "--file", str(file), *arguments[1:]]) == 2
+    assert said in capsys.readouterr().err
+    assert file.read_text() == "users: {}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["keys.yaml"]
