@@ -178,7 +178,6 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._refused = True
         logger.debug("connection of %s refused: %s", self.client, error.code)
-        self._unset_keepalive_if_required()
         if self._deadline is not None:
             self._deadline.cancel()
         self._deadline = self.loop.call_later(_LINGER_SECONDS, self.transport.abort)

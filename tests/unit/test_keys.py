@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import stat
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from synthia_vllm.cli import main
 from synthia_vllm.tenants import Tenants
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def keys(*arguments: str | Path) -> int:
