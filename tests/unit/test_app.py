@@ -232,6 +232,28 @@ def test_continued_answer() -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "match"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"enum": list(range(4000))}},
+                }
+            },
+            "response_format.json_schema.schema",
+            "3000 entries",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"const": "x" * 130_000}},
+                }
+            },
+            "response_format.json_schema.schema",
+            "120000 characters",
+        ),
+        ({"logit_bias": {"x": 1, **{str(i): 1 for i in range(2000)}}}, "logit_bias", "1024"),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "16"),
         ({"seed": 2**64}, "seed", "less than or equal"),
         ({"frobnicate": 1}, "frobnicate", "not supported"),
         ({"store": True}, "store", "not supported"),
