@@ -69,6 +69,7 @@ class VllmEngine:
         self._takes_priority = False
         self._closed = False
         self._run_directory: str | None = None
+        self._others = set(multiprocessing.active_children())
         # Tokenising is CPU work; the event loop does not wait for it.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
 
@@ -191,7 +192,8 @@ class VllmEngine:
 
     def kill(self) -> None:
         for child in multiprocessing.active_children():
-            child.kill()  # its own children follow it
+            if child not in self._others:
+                child.kill()  # its own children follow it
         self._tidy()
 
     def _tidy(self) -> None:
