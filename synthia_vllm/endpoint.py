@@ -121,6 +121,10 @@ class _Exchange:
             if not work.done():
                 work.cancel()
                 await asyncio.wait((work,))  # until the engine has freed the request
+            # An error's traceback holds this frame, which holds the task, which holds the error:
+            # bodies would stay in memory until the garbage collector comes round.
+            self._work = None
+            del work, watching, body
 
     def end(self, error: ApiError) -> None:
         """End this exchange with `error`, whatever it is at."""
