@@ -119,6 +119,7 @@ def test_a_name_is_no_path(tmp_path: Path, user: str) -> None:
 
 def test_rotation(tmp_path: Path) -> None:
     """No file grows beyond the limit, the newest lines are in the newest file, old ones go."""
+    files = len(os.listdir("/proc/self/fd"))
     kept = Counts(tmp_path, max_bytes=1000, keep=2)
     for number in range(100):
         kept.transcripts.add("alice", str(number), "x" * 50)
@@ -129,6 +130,7 @@ def test_rotation(tmp_path: Path) -> None:
     found = [int(line["prompt"]) for name in reversed(names) for line in lines(tmp_path / name)]
     assert found == list(range(found[0], 100))
     assert (kept.written, kept.failed) == (100, 0)
+    assert len(os.listdir("/proc/self/fd")) == files
 
 
 def test_a_line_larger_than_a_file(tmp_path: Path) -> None:
