@@ -55,7 +55,7 @@ def test_make_targets_of_the_readme_exist() -> None:
     """Each `make` command in the documentation is a target of the Makefile."""
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     for page in PAGES:
-        assert set(re.findall(r"\bmake ([a-z-]+)", page.read_text())) <= targets
+        assert set(re.findall(r"(?m)(?:^ *|`)make ([a-z-]+)", page.read_text())) <= targets
 
 
 @pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["chat", "--help"]])
