@@ -138,15 +138,20 @@ def _read_plain(answer: dict[str, Any], outcome: Outcome) -> None:
     outcome.whole = True
 
 
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @asynccontextmanager
 async def serve(
     *options: str, users: Mapping[str, Mapping[str, Any]] | None = None
 ) -> AsyncIterator[Target]:
     """Start `synthia-vllm serve --model demo` with `options` and a key for each of `users`."""
-    with tempfile.TemporaryDirectory(prefix="bench-") as place, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="bench-") as place:
         keys, flags = {}, list(options)
         if users:
             document = {}
@@ -227,11 +232,14 @@ async def environment(target: Target) -> dict[str, Any]:
     """What a number means nothing without."""
     user = next(iter(target.keys), None)
     async with target.session.get(f"{target.url}/version", headers=target.headers(user)) as got:
-        versions = await got.json()
+        return machine() | {"versions": await got.json()}
+
+
+def machine() -> dict[str, Any]:
+    """When, how and on what a script ran."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "machine": f"{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}",
-        "versions": versions,
     }

@@ -10,7 +10,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import http.client
 import json
+import multiprocessing
 import random
 import socket
 import struct
@@ -19,10 +21,13 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 from harness import Target, environment, say, serve, table
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
 
 EXAMPLES = """\
 examples:
@@ -57,20 +62,20 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"min_tokens": 30, "ignore_eos": True},
 )  # fmt: skip
 HOSTILE: tuple[bytes, ...] = (
-    b"{", b"[" * 300_000, b'{"temperature":NaN}', b"\xef\xbb\xbf{}", b"\xff" * 1000,
+    b"{", b"[" * 500_000, b'{"temperature":NaN}', b"\xef\xbb\xbf{}", b"\xff" * 1000,
     b'{"model":"synthia-demo","messages":[{"role":"user","content":"\\ud800"}]}',
-    b"{" + b",".join(b'"k%d":1' % i for i in range(80_000)) + b"}",
-    b'{"model":"x","messages":[' + b",".join([b"{}"] * 300_000) + b"]}",
+    b"{" + b",".join(b'"k%d":1' % i for i in range(45_000)) + b"}",
+    b'{"model":"x","messages":[' + b",".join([b"{}"] * 170_000) + b"]}",
     b'{"model":"x","messages":[{"role":"user","content":"x"}],"stop":['
-    + b",".join([b'"a"'] * 200_000) + b"]}",
+    + b",".join([b'"a"'] * 125_000) + b"]}",
     b'{"model":"x","messages":[{"role":"user","content":"x"}],"logit_bias":{'
-    + b",".join(b'"%d":1' % i for i in range(80_000)) + b"}}",
-    b'{"model":"synthia-demo","messages":[{"role":"user","content":"' + b"USER: a\\n" * 100_000
+    + b",".join(b'"%d":1' % i for i in range(48_000)) + b"}}",
+    b'{"model":"synthia-demo","messages":[{"role":"user","content":"' + b"USER: a\\n" * 52_000
     + b'"}]}',
     b'{"model":"synthia-demo","messages":[{"role":"user","content":"x"}],"max_tokens":4,'
     b'"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":'
     b'{"type":"string","pattern":"^(a{1,1000}){1,1000}$"}}}}',
-    b" " * (1 << 21),
+    b" " * (1 << 20),
 )  # fmt: skip
 
 
@@ -84,7 +89,8 @@ class Books:
     wrong: list[str] = field(default_factory=list)
     quiet: list[float] = field(default_factory=list)
     loud: list[float] = field(default_factory=list)
-    hostile_now: bool = False
+    hostile: list[tuple[float, float]] = field(default_factory=list)
+    """When hostile input was under way."""
 
 
 async def honest(target: Target, user: str, books: Books, until: float, reference: str) -> None:
@@ -160,7 +166,7 @@ async def hostile(target: Target, books: Books, until: float) -> None:
     """What is made to break a server, in turn with pauses, so that a stall can be told apart."""
     headers = target.headers("hostile", {"Content-Type": "application/json"})
     while time.monotonic() < until:
-        books.hostile_now = True
+        begun = time.monotonic()
         for content in HOSTILE:
             try:
                 async with target.session.post(
@@ -176,19 +182,39 @@ async def hostile(target: Target, books: Books, until: float) -> None:
             books.came_back[f"no key: {response.status}"] += 1
             if response.status != 401:
                 books.wrong.append(f"no key: {response.status}")
-        books.hostile_now = False
+        books.hostile.append((begun, time.monotonic()))
         await asyncio.sleep(2)
 
 
+def watch_ready(port: int, until: float, waits: Connection) -> None:
+    """Ask `/ready` again and again, in a process of its own: what holds the server's event loop up
+    holds this answer up, and nothing that this script does.
+
+    Sends when each was asked (seconds of the monotonic clock) and how long it took.
+    """
+    found = []
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    while (begun := time.monotonic()) < until:
+        connection.request("GET", "/ready")
+        connection.getresponse().read()
+        found.append((begun, time.monotonic() - begun))
+        time.sleep(0.01)
+    waits.send(found)
+
+
 async def canary(target: Target, books: Books, until: float) -> None:
-    """Ask `/ready` again and again: what holds the event loop up holds this answer up."""
-    while time.monotonic() < until:
-        begun, before = time.perf_counter(), books.hostile_now
-        async with target.session.get(f"{target.url}/ready") as response:
-            await response.read()
-        took = time.perf_counter() - begun
-        (books.loud if before or books.hostile_now else books.quiet).append(took)
-        await asyncio.sleep(0.02)
+    """Sort what `watch_ready` found by whether hostile input was under way."""
+    ours, its = multiprocessing.Pipe(duplex=False)
+    port = int(target.url.rsplit(":", 1)[1])
+    watcher = multiprocessing.get_context("spawn").Process(
+        target=watch_ready, args=(port, until, its), daemon=True
+    )
+    watcher.start()
+    its.close()
+    for begun, took in await asyncio.to_thread(ours.recv):
+        loud = any(begun <= end and begin <= begun + took for begin, end in books.hostile)
+        (books.loud if loud else books.quiet).append(took)
+    await asyncio.to_thread(watcher.join)
 
 
 async def change_keys(file: Path, until: float) -> None:

@@ -41,7 +41,7 @@ class SamplingDefaults(_Section):
 class Limits(_Section):
     """Bounds on what one request, one connection, and all of them together may take."""
 
-    max_body_bytes: int = Field(1024 * 1024, ge=1024)
+    max_body_bytes: int = Field(512 * 1024, ge=1024)
     max_n: int = Field(16, ge=1, le=128)
     max_requests: int = Field(1024, ge=1)
     max_queue_seconds: float = Field(30.0, gt=0)

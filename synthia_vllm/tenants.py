@@ -90,7 +90,8 @@ class KeyRing:
     def __init__(self, content: str, source: str) -> None:
         try:
             document = yaml.safe_load(content)
-            document = {} if document is None else document
+            if document is None:  # half of a rewrite, more likely than a wish to lock all out
+                raise StartupError(f"The key file {source} is empty; `users: {{}}` means no users.")
             self.users: Mapping[str, User] = _KeyFile.model_validate(document).users
         except yaml.YAMLError as error:
             # Without the text around the fault: it may be a key.
@@ -228,6 +229,7 @@ class Tenants:
         self._clock = clock
         self._ring: KeyRing | None = None
         self._version: Any = None
+        self._seen: Any = None
         self._accounts: dict[str, _Account] = {}
         self._floor = 0.0
         self._departures = Departures()
@@ -252,12 +254,14 @@ class Tenants:
         """Read the key file; return whether it was read.
 
         Raises `StartupError` and keeps the users there were. What changes of the file is seen
-        also where it is a link that is swapped, as a mounted secret is.
+        also where it is a link that is swapped, as a mounted secret is. With `only_if_changed` a
+        change is taken over at the second look that finds it: one may be in the middle of it.
         """
         if self._file is None:
             return False
-        version = _version_of(self._file)
-        if only_if_changed and version == self._version:
+        version, seen = _version_of(self._file), self._seen
+        self._seen = version
+        if only_if_changed and (version == self._version or version != seen):
             return False
         self._version = version
         try:

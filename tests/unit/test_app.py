@@ -297,7 +297,7 @@ def test_asking_for_nothing_is_fine(server: Running, nothing: dict[str, Any]) ->
         (b"[" * 100_000, "application/json", 400),
         (b'{"model":"m","messages":[],"n":' + b"9" * 5000 + b"}", "application/json", 400),
         (json.dumps(BODY).encode(), "text/plain", 400),
-        (b" " * (1024 * 1024 + 1), "application/json", 413),
+        (b" " * (512 * 1024 + 1), "application/json", 413),
     ],
 )  # fmt: skip
 def test_bad_bodies(server: Running, content: bytes, kind: str, status: int) -> None:

@@ -108,6 +108,7 @@ def test_without_a_file_all_are_one() -> None:
         ("users: {alice: {weight: 0}}", "weight"),
         ("user: {}", "user"),
         ("[]", "valid dictionary"),
+        ("", "is empty"),
         (
             f"users: {{a: {{keys: ['{hash_key(b'k')}']}}, b: {{keys: ['{hash_key(b'k')}']}}}}",
             "same key",
@@ -128,12 +129,16 @@ def test_changes_of_the_file_are_taken_over(users: Users) -> None:
     alice = f"Bearer {users.keys['alice']}".encode()
     assert not tenants.reload(only_if_changed=True)
     users.write(bob={})
+    assert not tenants.reload(only_if_changed=True)  # perhaps still being written
     assert tenants.reload(only_if_changed=True)
     bob = f"Bearer {users.keys['bob']}".encode()
     assert tenants.identify(bob) == "bob"
     with pytest.raises(Unauthorized):
         tenants.identify(alice)
-    users.file.write_text("users: [")
+    users.file.write_text("")
+    tenants.reload(only_if_changed=True)
+    users.file.write_text("users: [")  # changed again since the last look
+    assert not tenants.reload(only_if_changed=True)
     with pytest.raises(StartupError):
         tenants.reload(only_if_changed=True)
     assert not tenants.reload(only_if_changed=True)  # it is said once

