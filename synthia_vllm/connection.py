@@ -16,6 +16,7 @@ from pydantic_core import to_json
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from synthia_vllm.errors import ApiError, InvalidRequest, Unavailable
+from synthia_vllm.sse import WRITE
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle, Transport
@@ -129,6 +130,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self._await_request()
         self.cycle = None  # type: ignore[assignment]  # so that it is always this request's
         super().on_message_begin()
+        self.scope["extensions"] = {WRITE: {"part": self.write_part}}
 
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -159,6 +161,16 @@ class GuardedProtocol(HttpToolsProtocol):
         super().resume_writing()
         if self._stalled is not None:
             self._stalled.cancel()
+
+    def write_part(self, data: bytes) -> bool:
+        """Write `data`, part of the body of a streamed response that has begun; never waits.
+
+        Returns false if the client does not take what is written: then the next part had better
+        go through ASGI's `send`, which waits for it.
+        """
+        if not self.cycle.disconnected:
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return not self.flow.write_paused
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest(msg, code="invalid_http"))

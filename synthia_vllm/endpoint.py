@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic_core import to_json
 
 from synthia_vllm.chat import Prepared, Reply, prepare
+from synthia_vllm.engine import steps_of
 from synthia_vllm.errors import (
     ApiError,
     BodyTooLarge,
@@ -33,9 +34,11 @@ from synthia_vllm.protocol import (
     ChoiceLogprobs,
     parse_chat_request,
 )
-from synthia_vllm.sse import Events, error_event, stream_answer
+from synthia_vllm.sse import WRITE, Events, Stream, error_event, stream_answer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import Message, Receive, Scope, Send
 
     from synthia_vllm.engine import Engine
@@ -58,7 +61,8 @@ class ChatEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
-        exchange = _Exchange(service, dict(scope["headers"]), send)
+        write = scope.get("extensions", {}).get(WRITE, {}).get("part")
+        exchange = _Exchange(service, dict(scope["headers"]), send, write)
         service.open(exchange)
         try:
             lease = exchange.admit()
@@ -78,10 +82,17 @@ class ChatEndpoint:
 class _Exchange:
     """One chat request and its response; knows at every moment what has happened so far."""
 
-    def __init__(self, service: Service, headers: dict[bytes, bytes], send: Send) -> None:
+    def __init__(
+        self,
+        service: Service,
+        headers: dict[bytes, bytes],
+        send: Send,
+        write: Callable[[bytes], bool] | None,
+    ) -> None:
         self._service = service
         self._request_headers = headers
         self._send = send
+        self._write = write
         self._arrived = time.perf_counter()
         self.id = _request_id(headers)
         self._user: str | None = None
@@ -149,15 +160,20 @@ class _Exchange:
             headers = self._headers(b"text/event-stream; charset=utf-8")
             headers.append((b"cache-control", b"no-cache"))
             headers.append((b"x-accel-buffering", b"no"))  # proxies: pass on each event at once
+            stream = Stream(
+                reply,
+                events,
+                service.metrics.of(prepared.model),
+                arrived=self._arrived,
+                write=self._write,
+            )
             await stream_answer(
                 prepared,
                 reply,
                 service.engine,
-                events=events,
+                stream,
                 send=self._sent,
                 headers=headers,
-                series=service.metrics.of(prepared.model),
-                arrived=self._arrived,
                 keepalive=service.settings.sse_keepalive_seconds,
             )
         else:
@@ -274,16 +290,14 @@ async def _fold(prepared: Prepared, reply: Reply, engine: Engine) -> list[Choice
     texts: list[list[str]] = [[] for _ in range(count)]
     places: list[list[Any]] = [[] for _ in range(count)]
     ends: list[tuple[Any, Any]] = [(None, None)] * count
-    async with aclosing(engine.generate(prepared.work)) as steps:
+    async with aclosing(steps_of(engine, prepared.work)) as steps:
         async for step in steps:
             for index, piece in reply.take(step):
                 texts[index].append(piece.text)
                 places[index] += piece.logprobs or ()
                 ends[index] = (piece.finish_reason, piece.stop_reason)
-            if not reply.open_choices:
+            if not reply.open_choices:  # with `min_tokens` before the engine sees the end
                 break
-        else:
-            raise EngineFault  # the engine stopped without ending every choice
     return [
         Choice(
             index=index,

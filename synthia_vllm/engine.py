@@ -11,11 +11,15 @@ per token.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from synthia_vllm.errors import ApiError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +121,20 @@ class Traits:
     """Of the software below the seam, by package name."""
 
 
+class Sink(Protocol):
+    """Where the steps of one request go.
+
+    Pushed and not pulled: all requests of the engine's step are served in one go, without a task
+    to wake up for each. Both methods are called on the event loop, return at once and never raise.
+    """
+
+    def put(self, step: Step) -> None:
+        """Take the next step; the last one of each choice carries its `finish_reason`."""
+
+    def fail(self, error: ApiError) -> None:
+        """Nothing more comes, because of `error`: `EngineDead` or `EngineFault`."""
+
+
 class Engine(Protocol):
     """An inference engine in its own process or machine."""
 
@@ -137,12 +155,12 @@ class Engine(Protocol):
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes this token adds to the text; none for a special token."""
 
-    def generate(self, work: Work) -> AsyncGenerator[Step, None]:
-        """Run `work`; the last step of each choice carries its `finish_reason`.
+    def submit(self, work: Work, sink: Sink) -> AbstractAsyncContextManager[None]:
+        """Run `work` while the context lasts; what it says goes to `sink`.
 
-        Closing the generator, or cancelling the task in it, frees the request in the engine.
-        Raises, at any pull, `EngineDead`, `EngineFault` or `Unavailable`; at the first one also
-        `InvalidRequest`, where only the engine can tell (a JSON schema it cannot compile).
+        Leaving the context before the end, or cancelling the task in it, frees the request in
+        the engine. Entering it raises `EngineDead`, `Unavailable`, or `InvalidRequest` where only
+        the engine can tell (a JSON schema it cannot compile).
         """
 
     def check(self) -> None:
@@ -153,3 +171,32 @@ class Engine(Protocol):
 
     def kill(self) -> None:
         """End the engine's processes at once, for want of time to `close`."""
+
+
+async def steps_of(engine: Engine, work: Work) -> AsyncGenerator[Step, None]:
+    """Run `work` and give its steps to who pulls them, to the end of the last choice.
+
+    Raises what `Engine.submit` and `Sink.fail` tell of. Close the generator to leave early.
+    """
+    arrived = _Arrived()
+    open_choices = work.sampling.n
+    async with engine.submit(work, arrived):
+        while open_choices:
+            found = await arrived.queue.get()
+            if isinstance(found, Exception):
+                raise found
+            open_choices -= sum(output.finish_reason is not None for output in found.outputs)
+            yield found
+
+
+class _Arrived:
+    """A sink that keeps what comes until somebody wants it."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[Step | ApiError] = asyncio.Queue()
+
+    def put(self, step: Step) -> None:
+        self.queue.put_nowait(step)
+
+    def fail(self, error: ApiError) -> None:
+        self.queue.put_nowait(error)

@@ -8,16 +8,17 @@ to have on demand) and for measuring the edge alone. It keeps the same promises 
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from synthia_vllm.engine import Traits
-from synthia_vllm.errors import ApiError, EngineDead
+from synthia_vllm.errors import ApiError, EngineDead, EngineFault
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
-    from synthia_vllm.engine import Step, Work
+    from synthia_vllm.engine import Sink, Work
 
 BOS = 1
 FIRST_BYTE = 3
@@ -77,28 +78,33 @@ class FakeEngine:
     def token_bytes(self, token_id: int) -> bytes:
         return bytes([token_id - FIRST_BYTE]) if token_id >= FIRST_BYTE else b""
 
-    async def generate(self, work: Work) -> AsyncGenerator[Step, None]:
+    @asynccontextmanager
+    async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
         self.check()
         self.seen.append(work)
-        finished = False
+        speaking = asyncio.create_task(self._speak(work, sink))
         try:
-            steps = list(self._steps(work))
+            yield
+        finally:
+            if not speaking.done():
+                speaking.cancel()
+                self.aborted.append(work.request_id)
+
+    async def _speak(self, work: Work, sink: Sink) -> None:
+        steps = self._steps(work)
+        try:
             for position, step in enumerate(steps):
                 await asyncio.sleep(self.delay)
                 self.check()
                 if self.fault is not None and position == self.fault_at:
-                    finished = True
                     raise self.fault
-                finished = position == len(steps) - 1
                 if work.deltas:
-                    yield step
+                    sink.put(step)
             if not work.deltas:
-                yield FakeStep(
-                    [_joined([s.outputs[i] for s in steps]) for i in range(work.sampling.n)]
-                )
-        finally:
-            if not finished:
-                self.aborted.append(work.request_id)
+                choices = range(work.sampling.n)
+                sink.put(FakeStep([_joined([s.outputs[i] for s in steps]) for i in choices]))
+        except Exception as error:
+            sink.fail(error if isinstance(error, ApiError) else EngineFault())
 
     def _steps(self, work: Work) -> list[FakeStep]:
         """The steps of `work`, ended by the first stop string or `max_tokens`."""

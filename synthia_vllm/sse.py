@@ -1,30 +1,37 @@
 """The hot path: what the engine says, as bytes on the socket.
 
-A raw ASGI response. All of an event that does not change from token to token is made once per
-request; per token there is the answer rule, one JSON string, and one send for all of a step.
+The engine calls `Stream.put` for each step of a request. As long as the client keeps up, the
+step's bytes are written within that call: no task is woken, no queue is filled. All of an event
+that does not change from token to token is made once per request; per token there is the answer
+rule, one JSON string, and one write.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import to_json
 
+from synthia_vllm.chat import Piece
 from synthia_vllm.errors import ApiError, EngineFault
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable
+    from collections.abc import Callable
 
     from starlette.types import Send
 
-    from synthia_vllm.chat import Piece, Prepared, Reply
+    from synthia_vllm.chat import Prepared, Reply
     from synthia_vllm.engine import Engine, Step
     from synthia_vllm.metrics import ModelSeries
     from synthia_vllm.protocol import Usage
 
+logger = logging.getLogger(__name__)
+
+WRITE: Final = "synthia.write"
+"""The ASGI extension whose entry ``part`` is a `Stream`'s `write`."""
 DONE: Final = b"data: [DONE]\n\n"
 _COMMENT: Final = b": waiting\n\n"  # not an event: clients pass over it
 
@@ -72,19 +79,122 @@ def error_event(error: ApiError) -> bytes:
     return b"data: %b\n\n" % to_json(error.envelope())
 
 
+class Stream:
+    """One streamed answer between the engine, for which it is a `Sink`, and the socket.
+
+    `write` takes bytes of the response's body at once, without waiting, and says whether the
+    client keeps up; `None` if the server has no such thing. What comes before the response has
+    begun, or while the client is behind, is put together here until the request's task sends it:
+    never more than the answer itself.
+    """
+
+    __slots__ = (
+        "_arrived",
+        "_direct",
+        "_error",
+        "_kept",
+        "_last_text",
+        "_reply",
+        "_series",
+        "_wake",
+        "_write",
+        "events",
+    )
+
+    def __init__(
+        self,
+        reply: Reply,
+        events: Events,
+        series: ModelSeries,
+        *,
+        arrived: float,
+        write: Callable[[bytes], bool] | None,
+    ) -> None:
+        self.events = events
+        self._reply = reply
+        self._series = series
+        self._arrived = arrived
+        self._write = write
+        self._direct: Callable[[bytes], bool] | None = None
+        self._kept: dict[int, Piece] = {}
+        self._error: ApiError | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._last_text: float | None = None
+
+    def put(self, step: Step) -> None:
+        """Write, or keep, what `step` adds to the answer."""
+        reply = self._reply
+        try:
+            pieces = reply.take(step)
+            if any(piece.text for _, piece in pieces):
+                self._note_text()
+            if self._direct is not None and reply.open_choices:
+                chunk = b"".join([self.events.piece(*piece) for piece in pieces])
+                if chunk and not self._direct(chunk):
+                    self._direct = None
+                return
+            for index, piece in pieces:
+                before = self._kept.get(index)
+                self._kept[index] = piece if before is None else _joined(before, piece)
+            self._wake_up()
+        except ApiError as error:
+            self.fail(error)
+        except Exception:  # the caller serves every other request, too
+            logger.exception("a stream broke: a fault of the server's own")
+            self.fail(EngineFault())
+
+    def fail(self, error: ApiError) -> None:
+        """End the stream with `error`, after what was kept."""
+        self._error = error
+        self._wake_up()
+
+    async def kept(self, seconds: float | None) -> bytes:
+        """Wait for steps that were not written at once, and return their events.
+
+        Raises `TimeoutError` after `seconds`, and the engine's error when nothing is kept any
+        more.
+        """
+        if not self._kept and self._error is None:
+            self._wake = asyncio.get_running_loop().create_future()
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._wake
+            finally:
+                self._wake = self._direct = None
+        if not self._kept and self._error is not None:
+            raise self._error
+        kept, self._kept = self._kept, {}
+        return b"".join([self.events.piece(*item) for item in kept.items()])
+
+    def go_direct(self) -> None:
+        """The response has begun and the client took all: write what comes next at once."""
+        if not self._kept:
+            self._direct = self._write
+
+    def _note_text(self) -> None:
+        now = time.perf_counter()
+        if self._last_text is None:
+            self._series.time_to_first_token.observe(now - self._arrived)
+        else:
+            self._series.inter_token_latency.observe(now - self._last_text)
+        self._last_text = now
+
+    def _wake_up(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(None)
+
+
 async def stream_answer(
     prepared: Prepared,
     reply: Reply,
     engine: Engine,
+    stream: Stream,
     *,
-    events: Events,
     send: Send,
     headers: list[tuple[bytes, bytes]],
-    series: ModelSeries,
-    arrived: float,
     keepalive: float,
 ) -> None:
-    """Run `prepared` and send its answer.
+    """Run `prepared` and send its answer through `stream`.
 
     The response starts with the engine's first step. An `ApiError` before that is raised, to be
     answered with its own status; after that it is sent as the last event. With `keepalive`, the
@@ -92,63 +202,37 @@ async def stream_answer(
     the first step is waited for, so that no proxy takes the connection for dead.
     """
     started = False
-    last_text = arrived
+    patience = keepalive or None
     body: dict[str, Any] = {"type": "http.response.body", "more_body": True}
-
-    async def start() -> None:
-        nonlocal started
-        started = True
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def alive() -> None:
-        if not started:
-            await start()
-        await send({**body, "body": _COMMENT})
-
     try:
-        async with aclosing(engine.generate(prepared.work)) as generated:
-            steps = _with_sign_of_life(generated, keepalive, alive) if keepalive else generated
-            async for step in steps:
-                chunk = b"".join([events.piece(*piece) for piece in reply.take(step)])
+        async with engine.submit(prepared.work, stream):
+            while True:
+                try:
+                    chunk = await stream.kept(patience if reply.began_at is None else None)
+                except TimeoutError:
+                    chunk = _COMMENT
                 if not started:
-                    await start()
+                    started = True
+                    await send({"type": "http.response.start", "status": 200, "headers": headers})
+                if not reply.open_choices:
+                    break
                 if chunk:
-                    now = time.perf_counter()
-                    latency = now - last_text
-                    if last_text == arrived:
-                        series.time_to_first_token.observe(latency)
-                    else:
-                        series.inter_token_latency.observe(latency)
-                    last_text = now
-                    if not reply.open_choices:
-                        break
                     await send({**body, "body": chunk})
-            else:
-                raise EngineFault  # the engine stopped without ending every choice
+                stream.go_direct()
     except ApiError as error:
         if not started:
             raise
         chunk = error_event(error)
     else:
         if prepared.include_usage:
-            chunk += events.usage(reply.usage())
+            chunk += stream.events.usage(reply.usage())
         chunk += DONE
     await send({"type": "http.response.body", "body": chunk})
 
 
-async def _with_sign_of_life(
-    steps: AsyncGenerator[Step, None], seconds: float, alive: Callable[[], Awaitable[None]]
-) -> AsyncGenerator[Step, None]:
-    """`steps`; while the first of them is waited for, `alive` is called every `seconds`."""
-    first = asyncio.ensure_future(anext(steps))
-    try:
-        while not (await asyncio.wait((first,), timeout=seconds))[0]:
-            await alive()
-        yield first.result()
-    except StopAsyncIteration:
-        return
-    finally:
-        first.cancel()
-        await asyncio.wait((first,))
-    async for step in steps:
-        yield step
+def _joined(first: Piece, second: Piece) -> Piece:
+    """Both pieces of one choice as one."""
+    logprobs = None
+    if first.logprobs is not None or second.logprobs is not None:
+        logprobs = [*(first.logprobs or ()), *(second.logprobs or ())]
+    return Piece(first.text + second.text, logprobs, second.finish_reason, second.stop_reason)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import logging
 import multiprocessing
 import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from synthia_vllm import leash
 from synthia_vllm.engine import Traits
 from synthia_vllm.errors import (
+    ApiError,
     EngineDead,
     EngineFault,
     InvalidRequest,
@@ -35,7 +38,7 @@ from synthia_vllm.settings import gpu_present
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping
 
-    from synthia_vllm.engine import Sampling, Step, Work
+    from synthia_vllm.engine import Sampling, Sink, Work
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class VllmEngine:
         self._traits: Traits | None = None
         self._takes_priority = False
         self._closed = False
+        self._numbers = itertools.count()
         self._run_directory: str | None = None
         self._others = set(multiprocessing.active_children())
         # Tokenising is CPU work; the event loop does not wait for it.
@@ -145,33 +149,36 @@ class VllmEngine:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
 
-    async def generate(self, work: Work) -> AsyncGenerator[Step, None]:
+    @asynccontextmanager
+    async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
         from vllm import TokensPrompt
         from vllm.inputs import tokens_input
 
         self.check()
+        llm = self._llm
+        # Two clients may send the same id; what is aborted by it must be ours alone.
+        request_id = f"{work.request_id}-{next(self._numbers)}"
         # vLLM checks a ready-made input at once, here; of a raw one it makes a job for a thread
         # of its own, which is the place to compile somebody's JSON schema.
         make = tokens_input if work.sampling.json_schema is None else TokensPrompt
-        steps = None
-        started = False
+        run = _Run(sink)
         try:
-            steps = self._llm.generate(
-                make(prompt_token_ids=work.prompt_token_ids),
-                _sampling_params(work),
-                work.request_id,
-                priority=work.priority if self._takes_priority else 0,
-            )
-            async for step in steps:
-                started = True
-                yield step
-        except (asyncio.CancelledError, GeneratorExit, SynthiaError):
-            raise
-        except Exception as error:
-            _translate(error, first=not started, work=work)
+            try:
+                collector = await llm.add_request(
+                    request_id,
+                    make(prompt_token_ids=work.prompt_token_ids),
+                    _sampling_params(work),
+                    priority=work.priority if self._takes_priority else 0,
+                )
+            except Exception as error:
+                run.over = True
+                raise _meaning(error, work) from error
+            run.take_over(collector)
+            yield
         finally:
-            if steps is not None:
-                await steps.aclose()  # aborts in the engine what has not finished
+            if not run.over:
+                run.over = True
+                await llm.abort(request_id)
 
     def check(self) -> None:
         if self._llm is None or self._llm.errored:
@@ -388,26 +395,55 @@ def _sampling_params(work: Work) -> Any:
     )
 
 
-def _translate(error: Exception, *, first: bool, work: Work) -> NoReturn:
-    """Raise the error of our tree that `error` of vLLM means."""
+class _Run:
+    """Hands what vLLM says of one request straight to its sink."""
+
+    __slots__ = ("_sink", "over")
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.over = False
+
+    def take_over(self, collector: Any) -> None:
+        """Stand in for `collector`, in which vLLM's output handler puts what it has.
+
+        vLLM internal: `RequestOutputCollector.put`. Its own way wakes a task per request and
+        token, in which nothing is left to do here but to wake up.
+        """
+        arrived = collector.get_nowait()
+        collector.put = self.put
+        if arrived is not None:
+            self.put(arrived)
+
+    def put(self, output: Any) -> None:
+        if self.over:
+            return
+        if isinstance(output, Exception):
+            self.over = True
+            self._sink.fail(_meaning(output))
+            return
+        self.over = output.finished
+        self._sink.put(output)
+
+
+def _meaning(error: Exception, work: Work | None = None) -> ApiError:
+    """The error of our tree that `error` of vLLM means; with `work`, of taking it on."""
     from vllm.exceptions import GracefulHTTPError, VLLMClientError  # vLLM internal
     from vllm.v1.engine.exceptions import EngineDeadError  # vLLM internal
 
+    if isinstance(error, ApiError):
+        return error
     if isinstance(error, EngineDeadError):
-        raise EngineDead from error
+        return EngineDead()
     if isinstance(error, GracefulHTTPError):
-        raise Unavailable(
-            "The server is full. Try again in a moment.", code="server_full"
-        ) from error
-    if isinstance(error, VLLMClientError) or (
-        first and work.sampling.json_schema is not None and isinstance(error.__cause__, ValueError)
-    ):
+        return Unavailable("The server is full. Try again in a moment.", code="server_full")
+    schema = work is not None and work.sampling.json_schema is not None
+    if isinstance(error, VLLMClientError) or (schema and isinstance(error, ValueError)):
         # All else was checked before; what only vLLM can judge is the schema.
-        cause = error if isinstance(error, VLLMClientError) else error.__cause__
-        param = "response_format" if work.sampling.json_schema is not None else None
-        raise InvalidRequest(str(cause)[:500], param=param, code="invalid_value") from error
-    logger.error("request %s failed in the engine", work.request_id, exc_info=error)
-    raise EngineFault from error
+        param = "response_format" if schema else None
+        return InvalidRequest(str(error)[:500], param=param, code="invalid_value")
+    logger.error("a request failed in the engine", exc_info=error)
+    return EngineFault()
 
 
 def _root(error: BaseException) -> str:

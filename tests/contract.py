@@ -9,7 +9,7 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from synthia_vllm.engine import Sampling, Work
+from synthia_vllm.engine import Sampling, Work, steps_of
 
 if TYPE_CHECKING:
     from synthia_vllm.engine import Engine, Output
@@ -22,7 +22,7 @@ async def outputs(engine: Engine, *, deltas: bool = True, **sampling: Any) -> li
     tokens = await engine.tokenize(PROMPT)
     asked = Sampling(**{"max_tokens": 40, "temperature": 0.0, "stop": ("USER:",), **sampling})
     work = Work(request_id="contract", prompt_token_ids=tokens, sampling=asked, deltas=deltas)
-    async with aclosing(engine.generate(work)) as steps:
+    async with aclosing(steps_of(engine, work)) as steps:
         return [output async for step in steps for output in step.outputs]
 
 
@@ -89,11 +89,11 @@ async def leaving_is_allowed(engine: Engine) -> None:
     """Closing the stream half-way, or cancelling a task in it, ends the request quietly."""
     tokens = await engine.tokenize(PROMPT)
     work = Work(request_id="left", prompt_token_ids=tokens, sampling=Sampling(max_tokens=400))
-    async with aclosing(engine.generate(work)) as steps:
+    async with aclosing(steps_of(engine, work)) as steps:
         await anext(steps)
 
     async def consume() -> None:
-        async with aclosing(engine.generate(work)) as steps:
+        async with aclosing(steps_of(engine, work)) as steps:
             async for _ in steps:
                 pass
 

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from serving import Running, running, wait_until
 
+from synthia_vllm.answer import AnswerFilter
 from synthia_vllm.errors import EngineFault, StartupError
 from synthia_vllm.fake import FakeEngine
 from synthia_vllm.tenants import new_key
@@ -427,24 +428,39 @@ def test_fault_in_a_stream_is_an_event() -> None:
 
 
 class _Breaks(FakeEngine):
-    """An engine with a bug, or one that stops without saying so."""
+    """An engine that has no meaning for what happened to it."""
 
-    async def generate(self, work: Any) -> Any:
-        for step in self._steps(work)[:1]:
-            yield step
-        if self.delay:
-            raise ZeroDivisionError
+    def submit(self, work: Any, sink: Any) -> Any:
+        raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("delay", [0.0, 1.0], ids=["no end", "a bug"])
-def test_faults_of_our_own_stay_in_the_envelope(
-    delay: float, caplog: pytest.LogCaptureFixture
+def test_faults_of_our_own_stay_in_the_envelope(caplog: pytest.LogCaptureFixture) -> None:
+    """Any exception at all is an error the client can read."""
+    with running(_Breaks(PIECES)) as server:
+        for body in (BODY, BODY | {"stream": True}):
+            answer = post(server, body)
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "engine_fault"
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_fault_within_a_stream_ends_that_stream(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A stream without its end, and any exception at all, is an error the client can read."""
-    with running(_Breaks(PIECES, delay=delay)) as server:
-        assert post(server).json()["error"]["code"] == "engine_fault"
-        assert events(post(server, BODY | {"stream": True}))[-1]["error"]["code"] == "engine_fault"
-    assert ("ZeroDivisionError" in caplog.text) == bool(delay)
+    """What goes wrong while the engine hands over a step never gets back to the engine."""
+    with running(FakeEngine(PIECES, delay=0.02)) as server:
+        feed = AnswerFilter.feed
+
+        def breaks(answer: AnswerFilter, text: str) -> str:
+            return feed(answer, text if text != "." else str(1 // 0))
+
+        monkeypatch.setattr(AnswerFilter, "feed", breaks)
+        said = events(post(server, BODY | {"stream": True}))
+        assert said[0]["choices"][0]["delta"]["content"]
+        assert said[-1]["error"]["code"] == "engine_fault"
+        monkeypatch.undo()
+        assert post(server).status_code == 200
+    assert "ZeroDivisionError" in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -550,7 +566,7 @@ def test_metrics_count_what_happened() -> None:
         assert server.value("synthia_requests_total", route="other", model="", status="404") == 1
         assert server.value("synthia_finished_total", reason="stop", **name) == 2
         assert server.value("synthia_time_to_first_token_seconds_count", **name) == 1
-        assert server.value("synthia_inter_token_latency_seconds_count", **name) == 3
+        assert server.value("synthia_inter_token_latency_seconds_count", **name) == 2
         assert server.value("synthia_end_to_end_seconds_count", **name) == 2
         assert server.value("synthia_answer_tokens_total", **name) == 2 * plain["completion_tokens"]
         assert server.value("synthia_escaped_markers_total", **name) == 1
