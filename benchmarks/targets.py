@@ -128,8 +128,9 @@ def _vllm_serve(place: Path, port: int, *, rust: bool) -> tuple[list[str], dict[
     template.write_text(TEMPLATE)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(ensure_demo(say))]
     command += ["--served-model-name", MODEL, "--chat-template", str(template)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"]
-    command += ENGINE
+    command += ["--host", "127.0.0.1", "--port", str(port), *ENGINE]
+    if not rust:  # the Rust frontend has no access log, and refuses flags about it
+        command += ["--disable-uvicorn-access-log"]
     environ = os.environ | {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -142,6 +143,10 @@ class Service:
         try:
             await self.engine.start(progress)
             self.tenants.batch = self.engine.traits.max_num_seqs
+            # What is there now stays: torch and vLLM alone are a million objects, and looking
+            # through them for garbage was a third of the CPU of streaming, in pauses of 0.3 s.
+            gc.collect()
+            gc.freeze()
             self.phase = "serving"
             host, port = self.settings.host, self.settings.port
             progress(f"ready: {', '.join(self.settings.served)} at http://{host}:{port}/v1")

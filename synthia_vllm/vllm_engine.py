@@ -105,6 +105,7 @@ class VllmEngine:
         os.environ[leash.DIRECTORY] = self._run_directory
         os.environ[leash.SERVER] = str(os.getpid())
         progress("loading vLLM")
+        from vllm import envs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         args = _engine_args(self._model, self._options)
@@ -115,6 +116,8 @@ class VllmEngine:
         # that is still referred to at exit complains when it is finalised.
         self._llm = AsyncLLM.from_engine_args(args)
         self._look_around()
+        # vLLM asks the environment for its switches with every token, unless told to remember.
+        envs.enable_envs_cache()  # vLLM internal
 
     def _look_around(self) -> None:
         """Learn what the loaded model and its tokenizer are."""
