@@ -36,7 +36,7 @@ from synthia_vllm.protocol import PromptTokensDetails, Usage
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from synthia_vllm.engine import Engine, Output, Step, TokenLogprob
+    from synthia_vllm.engine import Engine, Output, TokenLogprob
     from synthia_vllm.protocol import ChatRequest
     from synthia_vllm.settings import Settings
     from synthia_vllm.tenants import Lease
@@ -310,13 +310,24 @@ def _check_size(schema: Mapping[str, Any]) -> None:
 
 
 class Piece(NamedTuple):
-    """What one output adds to one choice's answer."""
+    """What one output, or several in a row, add to one choice's answer."""
 
+    choice: int
+    """Which of the `n`, from 0."""
     text: str
     logprobs: list[dict[str, Any]] | None
     finish_reason: str | None
     """``stop`` or ``length`` with the last piece of the choice."""
     stop_reason: int | str | None
+
+    def then(self, more: Piece) -> Piece:
+        """Both pieces as one."""
+        logprobs = self.logprobs
+        if logprobs is not None or more.logprobs is not None:
+            logprobs = [*(logprobs or ()), *(more.logprobs or ())]
+        return Piece(
+            self.choice, self.text + more.text, logprobs, more.finish_reason, more.stop_reason
+        )
 
 
 class Reply:
@@ -366,23 +377,16 @@ class Reply:
         self.open_choices = prepared.work.sampling.n
         """Choices whose end has not come; at 0 the engine need not go on."""
 
-    def take(self, step: Step) -> list[tuple[int, Piece]]:
-        """What `step` adds to the answers: pieces by choice. Raises `EngineFault`."""
+    def take(self, output: Output, cached_tokens: int) -> Piece | None:
+        """What `output` adds to its choice's answer, if anything. Raises `EngineFault`."""
         if self.began_at is None:
             self.began_at = time.perf_counter()
+            self.cached_tokens = cached_tokens
             self._on_begin()
-        if step.num_cached_tokens:
-            self.cached_tokens = step.num_cached_tokens
-        taken = []
-        for output in step.outputs:
-            self.answer_tokens += len(output.token_ids)
-            choice = self._choices[output.index]
-            if not choice.answer.ended:
-                taken.append((output.index, self._piece(choice, output, output.index)))
-        return taken
-
-    def _piece(self, choice: _Choice, output: Output, index: int) -> Piece:
-        """The piece that `output` adds to `choice`, which is still open."""
+        self.answer_tokens += len(output.token_ids)
+        choice = self._choices[output.index]
+        if choice.over:
+            return None
         answer = choice.answer
         reason, stop = output.finish_reason, output.stop_reason
         if reason is None:
@@ -394,6 +398,7 @@ class Reply:
         else:
             raise EngineFault
         if reason is not None:
+            choice.over = True
             self.open_choices -= 1
             self.finish_reasons.append(reason)
         logprobs = None
@@ -401,9 +406,11 @@ class Reply:
             choice.sent += len(text)
             choice.places.add(output)
             logprobs = choice.places.up_to(answer.skipped, choice.sent)
+        elif not text and reason is None:
+            return None
         if self._texts is not None:
-            self._texts[index].append(text)
-        return Piece(text, logprobs, reason, stop)
+            self._texts[output.index].append(text)
+        return Piece(output.index, text, logprobs, reason, stop)
 
     @property
     def texts(self) -> list[str]:
@@ -430,6 +437,7 @@ class _Choice:
     places: _Places | None
     sent: int = 0
     """Characters of the answer that went out."""
+    over: bool = False
 
 
 class _Places:

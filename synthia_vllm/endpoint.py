@@ -12,13 +12,11 @@ import re
 import time
 import uuid
 from asyncio import FIRST_COMPLETED
-from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import to_json
 
-from synthia_vllm.chat import Prepared, Reply, prepare
-from synthia_vllm.engine import steps_of
+from synthia_vllm.chat import Piece, Prepared, Reply, prepare
 from synthia_vllm.errors import (
     ApiError,
     BodyTooLarge,
@@ -34,14 +32,14 @@ from synthia_vllm.protocol import (
     ChoiceLogprobs,
     parse_chat_request,
 )
-from synthia_vllm.sse import WRITE, Events, Stream, error_event, stream_answer
+from synthia_vllm.sse import WRITE, Events, Outbox, Stream, error_event, stream_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from starlette.types import Message, Receive, Scope, Send
 
-    from synthia_vllm.engine import Engine
+    from synthia_vllm.engine import Engine, Output
     from synthia_vllm.service import Service
     from synthia_vllm.tenants import Lease
 
@@ -58,11 +56,12 @@ class ChatEndpoint:
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._outbox = Outbox()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         service = self._service
         write = scope.get("extensions", {}).get(WRITE, {}).get("part")
-        exchange = _Exchange(service, dict(scope["headers"]), send, write)
+        exchange = _Exchange(service, dict(scope["headers"]), send, write, self._outbox)
         service.open(exchange)
         try:
             lease = exchange.admit()
@@ -88,11 +87,13 @@ class _Exchange:
         headers: dict[bytes, bytes],
         send: Send,
         write: Callable[[bytes], bool] | None,
+        outbox: Outbox,
     ) -> None:
         self._service = service
         self._request_headers = headers
         self._send = send
         self._write = write
+        self._outbox = outbox
         self._arrived = time.perf_counter()
         self.id = _request_id(headers)
         self._user: str | None = None
@@ -163,6 +164,7 @@ class _Exchange:
             stream = Stream(
                 reply,
                 events,
+                self._outbox,
                 service.metrics.of(prepared.model),
                 arrived=self._arrived,
                 write=self._write,
@@ -177,7 +179,7 @@ class _Exchange:
                 keepalive=service.settings.sse_keepalive_seconds,
             )
         else:
-            choices = await _fold(prepared, reply, service.engine)
+            choices = await _plain_answer(prepared, reply, service.engine)
             answer = ChatCompletion(
                 id=answer_id,
                 created=created,
@@ -284,31 +286,58 @@ def error_headers(error: ApiError) -> dict[str, str]:
     return headers
 
 
-async def _fold(prepared: Prepared, reply: Reply, engine: Engine) -> list[Choice]:
-    """The plain answer: the streamed one, put together."""
-    count = prepared.work.sampling.n
-    texts: list[list[str]] = [[] for _ in range(count)]
-    places: list[list[Any]] = [[] for _ in range(count)]
-    ends: list[tuple[Any, Any]] = [(None, None)] * count
-    async with aclosing(steps_of(engine, prepared.work)) as steps:
-        async for step in steps:
-            for index, piece in reply.take(step):
-                texts[index].append(piece.text)
-                places[index] += piece.logprobs or ()
-                ends[index] = (piece.finish_reason, piece.stop_reason)
-            if not reply.open_choices:  # with `min_tokens` before the engine sees the end
-                break
+class _Whole:
+    """The plain answer: a sink that puts together what a stream would have sent."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self._pieces: dict[int, Piece] = {}
+        self._error: Exception | None = None
+        self._over = asyncio.Event()
+
+    def put(self, output: Output, cached_tokens: int) -> None:
+        """Take what the engine says next."""
+        try:
+            piece = self._reply.take(output, cached_tokens)
+        except Exception as error:  # the caller serves every other request, too
+            self._end(error)
+            return
+        if piece is not None:
+            before = self._pieces.get(piece.choice)
+            self._pieces[piece.choice] = piece if before is None else before.then(piece)
+        if not self._reply.open_choices:
+            self._over.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End with `error`."""
+        self._end(error)
+
+    async def pieces(self) -> list[Piece]:
+        """Each choice, whole. Raises what ended the request before."""
+        await self._over.wait()
+        if self._error is not None:
+            raise self._error
+        return [self._pieces[choice] for choice in sorted(self._pieces)]
+
+    def _end(self, error: Exception) -> None:
+        self._error = error
+        self._over.set()
+
+
+async def _plain_answer(prepared: Prepared, reply: Reply, engine: Engine) -> list[Choice]:
+    """Run `prepared`; its choices as OpenAI has them."""
+    whole = _Whole(reply)
+    async with engine.submit(prepared.work, whole):
+        pieces = await whole.pieces()
     return [
         Choice(
-            index=index,
-            message=AnswerMessage(content="".join(texts[index])),
-            logprobs=ChoiceLogprobs(content=places[index])
-            if prepared.work.sampling.logprobs is not None
-            else None,
-            finish_reason=ends[index][0],
-            stop_reason=ends[index][1],
+            index=piece.choice,
+            message=AnswerMessage(content=piece.text),
+            logprobs=None if piece.logprobs is None else ChoiceLogprobs(content=piece.logprobs),
+            finish_reason=piece.finish_reason,
+            stop_reason=piece.stop_reason,
         )
-        for index in range(count)
+        for piece in pieces
     ]
 
 

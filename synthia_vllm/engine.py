@@ -4,19 +4,17 @@ One engine takes validated work and streams what it generates. There are two: `V
 (`vllm_engine.py`), and `FakeEngine` (`fake.py`) for tests of the edge; one contract test holds
 both to what is written here.
 
-What flows out per token has the attribute names of vLLM's own `RequestOutput` and
-`CompletionOutput`, so that the real engine's objects pass through unchanged: nothing is copied
-per token.
+What flows out per token has the attribute names of vLLM's own `CompletionOutput`, so that the real
+engine's objects pass through unchanged: nothing is copied per token.
 """
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from synthia_vllm.errors import ApiError
@@ -94,17 +92,6 @@ class Output(Protocol):
         """The stop string or stop token found; `None` for the end-of-text token."""
 
 
-class Step(Protocol):
-    """What arrived for a request at one time."""
-
-    @property
-    def outputs(self) -> Sequence[Output]: ...
-
-    @property
-    def num_cached_tokens(self) -> int | None:
-        """How many of the prompt's tokens the prefix cache served."""
-
-
 @dataclass(frozen=True, slots=True)
 class Traits:
     """What the loaded model can do."""
@@ -122,14 +109,17 @@ class Traits:
 
 
 class Sink(Protocol):
-    """Where the steps of one request go.
+    """Where the outputs of one request go.
 
     Pushed and not pulled: all requests of the engine's step are served in one go, without a task
     to wake up for each. Both methods are called on the event loop, return at once and never raise.
     """
 
-    def put(self, step: Step) -> None:
-        """Take the next step; the last one of each choice carries its `finish_reason`."""
+    def put(self, output: Output, cached_tokens: int) -> None:
+        """Take the next output; the last one of each choice carries its `finish_reason`.
+
+        `cached_tokens` is how many of the prompt's tokens the prefix cache served.
+        """
 
     def fail(self, error: ApiError) -> None:
         """Nothing more comes, because of `error`: `EngineDead` or `EngineFault`."""
@@ -171,32 +161,3 @@ class Engine(Protocol):
 
     def kill(self) -> None:
         """End the engine's processes at once, for want of time to `close`."""
-
-
-async def steps_of(engine: Engine, work: Work) -> AsyncGenerator[Step, None]:
-    """Run `work` and give its steps to who pulls them, to the end of the last choice.
-
-    Raises what `Engine.submit` and `Sink.fail` tell of. Close the generator to leave early.
-    """
-    arrived = _Arrived()
-    open_choices = work.sampling.n
-    async with engine.submit(work, arrived):
-        while open_choices:
-            found = await arrived.queue.get()
-            if isinstance(found, Exception):
-                raise found
-            open_choices -= sum(output.finish_reason is not None for output in found.outputs)
-            yield found
-
-
-class _Arrived:
-    """A sink that keeps what comes until somebody wants it."""
-
-    def __init__(self) -> None:
-        self.queue: asyncio.Queue[Step | ApiError] = asyncio.Queue()
-
-    def put(self, step: Step) -> None:
-        self.queue.put_nowait(step)
-
-    def fail(self, error: ApiError) -> None:
-        self.queue.put_nowait(error)

@@ -44,14 +44,6 @@ class FakeOutput:
 
 
 @dataclass(slots=True)
-class FakeStep:
-    """What arrives at one time."""
-
-    outputs: Sequence[FakeOutput]
-    num_cached_tokens: int | None = 0
-
-
-@dataclass(slots=True)
 class FakeEngine:
     """Says `pieces`, each as one step, to every request, pausing `delay` seconds before each."""
 
@@ -99,15 +91,16 @@ class FakeEngine:
                 if self.fault is not None and position == self.fault_at:
                     raise self.fault
                 if work.deltas:
-                    sink.put(step)
+                    for output in step:
+                        sink.put(output, 0)
             if not work.deltas:
-                choices = range(work.sampling.n)
-                sink.put(FakeStep([_joined([s.outputs[i] for s in steps]) for i in choices]))
+                for choice in zip(*steps, strict=True):
+                    sink.put(_joined(choice), 0)
         except Exception as error:
             sink.fail(error if isinstance(error, ApiError) else EngineFault())
 
-    def _steps(self, work: Work) -> list[FakeStep]:
-        """The steps of `work`, ended by the first stop string or `max_tokens`."""
+    def _steps(self, work: Work) -> list[list[FakeOutput]]:
+        """The steps of `work`, each with an output for every choice, to its first end."""
         said, spent, steps = "", 0, []
         for position, piece in enumerate(self.pieces, 1):
             said += piece
@@ -135,12 +128,10 @@ class FakeEngine:
                 logprobs = [{token: FakeLogprob()} for token in tokens]
             text = data.decode(errors="ignore")
             steps.append(
-                FakeStep(
-                    [
-                        FakeOutput(index, text, tokens, logprobs, reason, found)
-                        for index in range(work.sampling.n)
-                    ]
-                )
+                [
+                    FakeOutput(index, text, tokens, logprobs, reason, found)
+                    for index in range(work.sampling.n)
+                ]
             )
             if reason is not None:
                 break

@@ -6,6 +6,8 @@ finish reasons): no client can add a series.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter as Counts
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Final
@@ -13,6 +15,8 @@ from typing import TYPE_CHECKING, Final
 from prometheus_client import Counter, Gauge, Histogram
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from prometheus_client import CollectorRegistry
 
 _TTFT_BUCKETS: Final = (0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
@@ -20,12 +24,26 @@ _ITL_BUCKETS: Final = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.
 _E2E_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320)
 
 
+class BulkHistogram(Histogram):
+    """A histogram that takes many values at once, as streaming has them.
+
+    prometheus_client takes them one by one, going through the buckets for each under two locks.
+    """
+
+    def observe_all(self, amounts: Sequence[float]) -> None:
+        """The same as `observe` for each of `amounts`."""
+        counts = Counts(bisect_left(self._upper_bounds, amount) for amount in amounts)
+        for bucket, count in counts.items():
+            self._buckets[bucket].inc(count)
+        self._sum.inc(sum(amounts))
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSeries:
     """The series of one model name, looked up once and not per token."""
 
     time_to_first_token: Histogram
-    inter_token_latency: Histogram
+    inter_token_latency: BulkHistogram
     end_to_end: Histogram
     prompt_tokens: Counter
     cached_prompt_tokens: Counter
@@ -43,8 +61,10 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(f"synthia_{name}", text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"synthia_{name}", text, ["model"], registry=registry, buckets=buckets)
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> BulkHistogram:
+            return BulkHistogram(
+                f"synthia_{name}", text, ["model"], registry=registry, buckets=buckets
+            )
 
         self.requests = counter("requests", "HTTP requests answered", "route", "model", "status")
         self.in_flight = Gauge(

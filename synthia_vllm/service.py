@@ -160,6 +160,8 @@ class Service:
             self.phase = "dead"
             self.failure = error
             on_failure()
+        finally:
+            gc.unfreeze()  # the interpreter tidies up at exit what it can find
 
     def close(self) -> None:
         """Write what is still to be written."""

@@ -1,7 +1,7 @@
 """The hot path: what the engine says, as bytes on the socket.
 
-The engine calls `Stream.put` for each step of a request. As long as the client keeps up, the
-step's bytes are written within that call: no task is woken, no queue is filled. All of an event
+The engine calls `Stream.put` with each output of a request. As long as the client keeps up, it is
+written in the same round of the event loop: no task is woken, no queue is filled. All of an event
 that does not change from token to token is made once per request; per token there is the answer
 rule, one JSON string, and one write.
 """
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import to_json
 
-from synthia_vllm.chat import Piece
 from synthia_vllm.errors import ApiError, EngineFault
 
 if TYPE_CHECKING:
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Send
 
-    from synthia_vllm.chat import Prepared, Reply
-    from synthia_vllm.engine import Engine, Step
+    from synthia_vllm.chat import Piece, Prepared, Reply
+    from synthia_vllm.engine import Engine, Output
     from synthia_vllm.metrics import ModelSeries
     from synthia_vllm.protocol import Usage
 
@@ -33,6 +32,7 @@ logger = logging.getLogger(__name__)
 WRITE: Final = "synthia.write"
 """The ASGI extension whose entry ``part`` is a `Stream`'s `write`."""
 DONE: Final = b"data: [DONE]\n\n"
+_GAPS_AT_ONCE: Final = 64  # some seconds of a stream: metrics are not later than a scrape
 _COMMENT: Final = b": waiting\n\n"  # not an event: clients pass over it
 
 
@@ -48,11 +48,9 @@ class Events:
         self._tail = b',"usage":null}\n\n' if include_usage else b"}\n\n"
         self._greeted: set[int] = set()
 
-    def piece(self, index: int, piece: Piece) -> bytes:
-        """The event for one piece of choice `index`; empty if there is nothing to tell."""
-        text, logprobs, finish_reason, stop_reason = piece
-        if not text and not logprobs and finish_reason is None:
-            return b""
+    def piece(self, piece: Piece) -> bytes:
+        """The event for one piece of an answer."""
+        index, text, logprobs, finish_reason, stop_reason = piece
         delta = b'"content":' + to_json(text) if text else b""
         if index not in self._greeted:  # with the first text, not before it
             self._greeted.add(index)
@@ -79,6 +77,31 @@ def error_event(error: ApiError) -> bytes:
     return b"data: %b\n\n" % to_json(error.envelope())
 
 
+class Outbox:
+    """Streams that have something to write, until the event loop comes round again.
+
+    So what is written for a stream in one round is one event and one system call, which is the
+    dearest part of a token. A loop that keeps up has one step of the engine in a round, and loses
+    microseconds; one that is behind finds several, and gains what it needs to catch up.
+    """
+
+    __slots__ = ("_streams",)
+
+    def __init__(self) -> None:
+        self._streams: list[Stream] = []
+
+    def add(self, stream: Stream) -> None:
+        """Have `stream` flushed in this round."""
+        if not self._streams:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._streams.append(stream)
+
+    def _flush(self) -> None:
+        streams, self._streams = self._streams, []
+        for stream in streams:
+            stream.flush()
+
+
 class Stream:
     """One streamed answer between the engine, for which it is a `Sink`, and the socket.
 
@@ -92,8 +115,10 @@ class Stream:
         "_arrived",
         "_direct",
         "_error",
+        "_gaps",
         "_kept",
         "_last_text",
+        "_outbox",
         "_reply",
         "_series",
         "_wake",
@@ -105,6 +130,7 @@ class Stream:
         self,
         reply: Reply,
         events: Events,
+        outbox: Outbox,
         series: ModelSeries,
         *,
         arrived: float,
@@ -112,6 +138,7 @@ class Stream:
     ) -> None:
         self.events = events
         self._reply = reply
+        self._outbox = outbox
         self._series = series
         self._arrived = arrived
         self._write = write
@@ -120,36 +147,48 @@ class Stream:
         self._error: ApiError | None = None
         self._wake: asyncio.Future[None] | None = None
         self._last_text: float | None = None
+        self._gaps: list[float] = []
 
-    def put(self, step: Step) -> None:
-        """Write, or keep, what `step` adds to the answer."""
-        reply = self._reply
+    def put(self, output: Output, cached_tokens: int) -> None:
+        """Take what the engine says next."""
         try:
-            pieces = reply.take(step)
-            if any(piece.text for _, piece in pieces):
-                self._note_text()
-            if self._direct is not None and reply.open_choices:
-                chunk = b"".join([self.events.piece(*piece) for piece in pieces])
-                if chunk and not self._direct(chunk):
-                    self._direct = None
-                return
-            for index, piece in pieces:
-                before = self._kept.get(index)
-                self._kept[index] = piece if before is None else _joined(before, piece)
-            self._wake_up()
+            piece = self._reply.take(output, cached_tokens)
         except ApiError as error:
             self.fail(error)
+            return
         except Exception:  # the caller serves every other request, too
             logger.exception("a stream broke: a fault of the server's own")
             self.fail(EngineFault())
+            return
+        if piece is None:
+            return
+        if piece.text:
+            self._note_text()
+        kept = self._kept
+        before = kept.get(piece.choice)
+        if before is not None:
+            kept[piece.choice] = before.then(piece)
+        else:
+            if not kept and self._direct is not None:
+                self._outbox.add(self)
+            kept[piece.choice] = piece
+        if self._direct is None or not self._reply.open_choices:
+            self._wake_up()
 
     def fail(self, error: ApiError) -> None:
         """End the stream with `error`, after what was kept."""
         self._error = error
         self._wake_up()
 
+    def flush(self) -> None:
+        """Write what is kept; the last of it is the task's, which has more to say."""
+        if self._direct is None or not self._kept or not self._reply.open_choices:
+            return
+        if not self._direct(self._take()):
+            self._direct = None
+
     async def kept(self, seconds: float | None) -> bytes:
-        """Wait for steps that were not written at once, and return their events.
+        """Wait for what cannot be written at once, and return its events.
 
         Raises `TimeoutError` after `seconds`, and the engine's error when nothing is kept any
         more.
@@ -163,20 +202,30 @@ class Stream:
                 self._wake = self._direct = None
         if not self._kept and self._error is not None:
             raise self._error
-        kept, self._kept = self._kept, {}
-        return b"".join([self.events.piece(*item) for item in kept.items()])
+        return self._take()
 
     def go_direct(self) -> None:
         """The response has begun and the client took all: write what comes next at once."""
         if not self._kept:
             self._direct = self._write
 
+    def count(self) -> None:
+        """Add the gaps between texts to the metrics."""
+        gaps, self._gaps = self._gaps, []
+        self._series.inter_token_latency.observe_all(gaps)
+
+    def _take(self) -> bytes:
+        kept, self._kept = self._kept, {}
+        return b"".join([self.events.piece(piece) for piece in kept.values()])
+
     def _note_text(self) -> None:
         now = time.perf_counter()
         if self._last_text is None:
             self._series.time_to_first_token.observe(now - self._arrived)
         else:
-            self._series.inter_token_latency.observe(now - self._last_text)
+            self._gaps.append(now - self._last_text)
+            if len(self._gaps) == _GAPS_AT_ONCE:
+                self.count()
         self._last_text = now
 
     def _wake_up(self) -> None:
@@ -227,12 +276,6 @@ async def stream_answer(
         if prepared.include_usage:
             chunk += stream.events.usage(reply.usage())
         chunk += DONE
+    finally:
+        stream.count()
     await send({"type": "http.response.body", "body": chunk})
-
-
-def _joined(first: Piece, second: Piece) -> Piece:
-    """Both pieces of one choice as one."""
-    logprobs = None
-    if first.logprobs is not None or second.logprobs is not None:
-        logprobs = [*(first.logprobs or ()), *(second.logprobs or ())]
-    return Piece(first.text + second.text, logprobs, second.finish_reason, second.stop_reason)

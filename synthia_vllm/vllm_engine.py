@@ -17,10 +17,10 @@ import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from synthia_vllm import leash
 from synthia_vllm.engine import Traits
@@ -33,6 +33,7 @@ from synthia_vllm.errors import (
     SynthiaError,
     Unavailable,
 )
+from synthia_vllm.metrics import BulkHistogram
 from synthia_vllm.settings import gpu_present
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class VllmEngine:
         progress("starting the engine process, reading weights, allocating the KV cache")
         # Not kept in a variable here: something of torch's remembers this frame, and an engine
         # that is still referred to at exit complains when it is finalised.
-        self._llm = AsyncLLM.from_engine_args(args)
+        self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[_stat_logger()])
         self._look_around()
         # vLLM asks the environment for its switches with every token, unless told to remember.
         envs.enable_envs_cache()  # vLLM internal
@@ -176,11 +177,11 @@ class VllmEngine:
             except Exception as error:
                 run.over = True
                 raise _meaning(error, work) from error
-            run.take_over(collector)
+            run.take_over(llm, collector)
             yield
         finally:
             if not run.over:
-                run.over = True
+                run.end()
                 await llm.abort(request_id)
 
     def check(self) -> None:
@@ -209,6 +210,26 @@ class VllmEngine:
     def _tidy(self) -> None:
         if self._run_directory is not None:
             shutil.rmtree(self._run_directory, ignore_errors=True)
+
+
+def _stat_logger() -> Any:
+    """vLLM's own Prometheus series, fed with all tokens of a step at once.
+
+    vLLM internal: `PrometheusStatLogger`'s histograms and `record`.
+    """
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class BulkStatLogger(PrometheusStatLogger):  # type: ignore[misc]
+        _histogram_cls = BulkHistogram
+
+        def record(self, scheduler_stats: Any, iteration_stats: Any, **more: Any) -> None:
+            if iteration_stats is not None:
+                histogram = self.histogram_inter_token_latency[more.get("engine_idx", 0)]
+                histogram.observe_all(iteration_stats.inter_token_latencies_iter)
+                iteration_stats.inter_token_latencies_iter = []
+            super().record(scheduler_stats, iteration_stats, **more)
+
+    return BulkStatLogger
 
 
 def versions() -> dict[str, str]:
@@ -399,34 +420,96 @@ def _sampling_params(work: Work) -> Any:
 
 
 class _Run:
-    """Hands what vLLM says of one request straight to its sink."""
+    """Hands what vLLM says of one request straight to its sink.
 
-    __slots__ = ("_sink", "over")
+    vLLM's own way puts each token in two objects of 30 fields, these in a collector, and wakes a
+    task of the request, which takes them out. Nothing would be left to do there.
+    """
+
+    __slots__ = ("_sink", "_state", "over")
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
+        self._state: Any = None
         self.over = False
 
-    def take_over(self, collector: Any) -> None:
+    def take_over(self, llm: Any, collector: Any) -> None:
         """Stand in for `collector`, in which vLLM's output handler puts what it has.
 
-        vLLM internal: `RequestOutputCollector.put`. Its own way wakes a task per request and
-        token, in which nothing is left to do here but to wake up.
+        vLLM internal: `RequestOutputCollector.put`, and `RequestState.make_request_output` for a
+        stream of one choice without log-probabilities, which most are.
         """
-        arrived = collector.get_nowait()
+        from vllm.sampling_params import RequestOutputKind
+
         collector.put = self.put
+        state = llm.output_processor.request_states.get(collector.request_id)
+        if (
+            state is not None
+            and state.parent_req is None
+            and state.output_kind == RequestOutputKind.DELTA
+            and state.stream_interval == 1
+            and state.logprobs_processor.num_logprobs is None
+        ):
+            self._state = state
+            state.make_request_output = self.make_request_output
+        try:
+            arrived = collector.get_nowait()
+        except Exception as error:
+            arrived = error
         if arrived is not None:
             self.put(arrived)
 
     def put(self, output: Any) -> None:
+        """Take a `RequestOutput`, or the error that ended the request."""
         if self.over:
             return
         if isinstance(output, Exception):
-            self.over = True
+            self.end()
             self._sink.fail(_meaning(output))
             return
-        self.over = output.finished
-        self._sink.put(output)
+        if output.finished:
+            self.end()
+        for choice in output.outputs:
+            self._sink.put(choice, output.num_cached_tokens or 0)
+
+    def make_request_output(
+        self,
+        token_ids: list[int],
+        _: object,
+        finish_reason: Any,
+        stop_reason: Any,
+        *rest: object,
+        **more: object,
+    ) -> None:
+        """Take new tokens in place of vLLM's method, and make no `RequestOutput` of them."""
+        if self.over:
+            return
+        state = self._state
+        text = state.detokenizer.get_next_output_text(finish_reason is not None, True)
+        reason = None
+        if finish_reason is not None:
+            reason = str(finish_reason)
+            self.end()
+        self._sink.put(_Delta(text, token_ids, reason, stop_reason), state.num_cached_tokens)
+
+    def end(self) -> None:
+        """Pass on nothing more."""
+        self.over = True
+        if self._state is not None:
+            del self._state.make_request_output  # it refers back to us
+            self._state = None
+
+
+@dataclass(slots=True)
+class _Delta:
+    """An `Output`: what one step brought for the only choice of a request."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    stop_reason: int | str | None
+    index: ClassVar[int] = 0
+    logprobs: ClassVar[None] = None
 
 
 def _meaning(error: Exception, work: Work | None = None) -> ApiError:

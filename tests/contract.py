@@ -9,12 +9,37 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from synthia_vllm.engine import Sampling, Work, steps_of
+from synthia_vllm.engine import Sampling, Work
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
     from synthia_vllm.engine import Engine, Output
+    from synthia_vllm.errors import ApiError
 
 PROMPT = "USER: What is the difference between an Orca, Dolphin and a Seal?\nASSISTANT:"
+
+
+async def outputs_of(engine: Engine, work: Work) -> AsyncGenerator[Output, None]:
+    """Run `work`; its outputs as they come, to the end of the last choice."""
+    queue: asyncio.Queue[Output | ApiError] = asyncio.Queue()
+
+    class Arrived:
+        def put(self, output: Output, cached_tokens: int) -> None:
+            assert 0 <= cached_tokens < len(work.prompt_token_ids)
+            queue.put_nowait(output)
+
+        def fail(self, error: ApiError) -> None:
+            queue.put_nowait(error)
+
+    open_choices = work.sampling.n
+    async with engine.submit(work, Arrived()):
+        while open_choices:
+            found = await queue.get()
+            if isinstance(found, Exception):
+                raise found
+            open_choices -= found.finish_reason is not None
+            yield found
 
 
 async def outputs(engine: Engine, *, deltas: bool = True, **sampling: Any) -> list[Output]:
@@ -22,8 +47,8 @@ async def outputs(engine: Engine, *, deltas: bool = True, **sampling: Any) -> li
     tokens = await engine.tokenize(PROMPT)
     asked = Sampling(**{"max_tokens": 40, "temperature": 0.0, "stop": ("USER:",), **sampling})
     work = Work(request_id="contract", prompt_token_ids=tokens, sampling=asked, deltas=deltas)
-    async with aclosing(steps_of(engine, work)) as steps:
-        return [output async for step in steps for output in step.outputs]
+    async with aclosing(outputs_of(engine, work)) as found:
+        return [output async for output in found]
 
 
 async def tokens_carry_the_text(engine: Engine) -> None:
@@ -89,11 +114,11 @@ async def leaving_is_allowed(engine: Engine) -> None:
     """Closing the stream half-way, or cancelling a task in it, ends the request quietly."""
     tokens = await engine.tokenize(PROMPT)
     work = Work(request_id="left", prompt_token_ids=tokens, sampling=Sampling(max_tokens=400))
-    async with aclosing(steps_of(engine, work)) as steps:
+    async with aclosing(outputs_of(engine, work)) as steps:
         await anext(steps)
 
     async def consume() -> None:
-        async with aclosing(steps_of(engine, work)) as steps:
+        async with aclosing(outputs_of(engine, work)) as steps:
             async for _ in steps:
                 pass
 

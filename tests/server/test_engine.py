@@ -7,10 +7,10 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from contract import CHECKS, PROMPT
+from contract import CHECKS, PROMPT, outputs_of
 from serving import Running, wait_until
 
-from synthia_vllm.engine import Sampling, Work, steps_of
+from synthia_vllm.engine import Sampling, Work
 from synthia_vllm.errors import InvalidRequest, StartupError, Unavailable
 from synthia_vllm.vllm_engine import VllmEngine, check_model, check_options
 
@@ -32,7 +32,7 @@ def test_leaving_frees_the_engine(live: Running) -> None:
         tokens = await live.engine.tokenize(PROMPT)
         sampling = Sampling(max_tokens=1500, ignore_eos=True)
         work = Work(request_id="leaving", prompt_token_ids=tokens, sampling=sampling)
-        async with aclosing(steps_of(live.engine, work)) as steps:
+        async with aclosing(outputs_of(live.engine, work)) as steps:
             await anext(steps)
             await asyncio.sleep(0.3)
             return live.engine._llm.output_processor.get_num_unfinished_requests()  # type: ignore[attr-defined]
@@ -45,7 +45,7 @@ def test_leaving_frees_the_engine(live: Running) -> None:
     async def one_more() -> None:  # the gauges are set with each step of the engine
         tokens = await live.engine.tokenize("USER: Hello!\nASSISTANT:")
         work = Work(request_id="next", prompt_token_ids=tokens, sampling=Sampling(max_tokens=3))
-        async with aclosing(steps_of(live.engine, work)) as steps:
+        async with aclosing(outputs_of(live.engine, work)) as steps:
             async for _ in steps:
                 pass
 
@@ -70,7 +70,7 @@ def test_queue_bound_is_an_answer(live: Running) -> None:
 
     async def refused() -> None:
         work = Work(request_id="full", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=2))
-        async with aclosing(steps_of(live.engine, work)) as steps:
+        async with aclosing(outputs_of(live.engine, work)) as steps:
             await anext(steps)
 
     try:
@@ -98,7 +98,7 @@ def test_schema_that_cannot_be_is_a_400(live: Running, schema: dict[str, Any]) -
             prompt_token_ids=[1, 2],
             sampling=Sampling(max_tokens=2, json_schema=schema),
         )
-        async with aclosing(steps_of(live.engine, work)) as steps:
+        async with aclosing(outputs_of(live.engine, work)) as steps:
             await anext(steps)
 
     with pytest.raises(InvalidRequest) as caught:
