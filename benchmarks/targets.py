@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
 MODEL = "synthia-demo"
+# To the text of a chat template no server adds the beginning-of-text token by itself.
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] | upper }}: {{ m['content'] }}\n{% endfor %}ASSISTANT:"
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ m['role'] | upper }}: {{ m['content'] }}\n{% endfor %}ASSISTANT:"
 )
 # The engine's options of this server on a CPU, spelled out for the others.
 ENGINE = ("--enforce-eager", "--dtype=float32", "--kv-cache-memory-bytes=1073741824")
@@ -78,6 +80,16 @@ def rust_frontend() -> str | None:
 def available() -> list[str]:
     """The targets that can be started here."""
     return ["synthia", "vllm-python", *(["vllm-rust"] if rust_frontend() else [])]
+
+
+def heed_sigterm() -> None:
+    """From now on SIGTERM cancels the running task, as Ctrl-C does, so that servers are stopped.
+
+    They are in sessions of their own and would outlive a script that just ends.
+    """
+    task = asyncio.current_task()
+    if task is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 @asynccontextmanager

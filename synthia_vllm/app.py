@@ -70,7 +70,7 @@ def create_app(
             await engine.close()
             service.close()
 
-    app = FastAPI(
+    app = _App(
         title="synthia-vllm",
         version=__version__,
         description="Synthia-7B-v3.0 behind an OpenAI-compatible chat API.",
@@ -78,12 +78,25 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    app.router.routes.append(Route(CHAT, ChatEndpoint(service), methods=["POST"]))
+    app.chat = ChatEndpoint(service)
+    app.router.routes.append(Route(CHAT, app.chat, methods=["POST"]))
     _add_plain_routes(app, service)
     _add_error_answers(app)
     _describe_chat(app)
     app.add_middleware(_Gate, service=service)
     return app
+
+
+class _App(FastAPI):
+    """FastAPI, but for the route that carries every token: its requests pass nothing else."""
+
+    chat: ChatEndpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] == CHAT and scope["method"] == "POST":
+            await self.chat(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def _add_plain_routes(app: FastAPI, service: Service) -> None:
@@ -171,7 +184,7 @@ def _add_error_answers(app: FastAPI) -> None:
 
 
 class _Gate:
-    """Asks for a key, and counts; the chat route does both itself and is passed through."""
+    """Asks for a key, and counts; the chat route does both itself."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -181,7 +194,7 @@ class _Gate:
             self._open.add("/metrics")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or (scope["path"] == CHAT and scope["method"] == "POST"):
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         status = 500
