@@ -170,3 +170,39 @@ def test_a_broken_model_is_a_plain_error(tmp_path: Path) -> None:
 
     with pytest.raises(StartupError, match="vLLM did not start"):
         asyncio.run(start())
+
+
+def test_tokens_of_a_plain_stream_take_the_short_way(live: Running) -> None:
+    """vLLM calls us with new tokens and makes no `RequestOutput`; for the others it does."""
+
+    async def kinds(**sampling: Any) -> set[str]:
+        tokens = await live.engine.tokenize(PROMPT)
+        asked = Sampling(max_tokens=4, **sampling)
+        work = Work(request_id="short", prompt_token_ids=tokens, sampling=asked)
+        return {type(output).__name__ async for output in outputs_of(live.engine, work)}
+
+    assert live.run(kinds()) == {"_Delta"}
+    assert live.run(kinds(logprobs=1)) == {"CompletionOutput"}
+    assert live.run(kinds(n=2)) == {"CompletionOutput"}
+
+
+def test_vllms_own_series_count_each_token(live: Running) -> None:
+    """Taken in bulk, the inter-token latencies are as many as there were gaps."""
+
+    def counted() -> float:
+        return sum(
+            sample.value
+            for family in live.metrics.registry.collect()
+            for sample in family.samples
+            if sample.name == "vllm:inter_token_latency_seconds_count"
+        )
+
+    async def answer() -> int:
+        tokens = await live.engine.tokenize(PROMPT)
+        work = Work(request_id="gaps", prompt_token_ids=tokens, sampling=Sampling(max_tokens=8))
+        found = [len(o.token_ids) async for o in outputs_of(live.engine, work)]
+        return sum(found)
+
+    before = counted()
+    tokens = live.run(answer())
+    wait_until(lambda: counted() == before + tokens - 1)

@@ -1,0 +1,215 @@
+"""The streaming path by itself: what is written, when, and in how many pieces."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from synthia_vllm.chat import Prepared, Reply
+from synthia_vllm.engine import Sampling, Work
+from synthia_vllm.errors import EngineDead
+from synthia_vllm.fake import FakeEngine, FakeOutput
+from synthia_vllm.metrics import BulkHistogram, Metrics
+from synthia_vllm.sse import Events, Outbox, Stream, stream_answer
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from contextlib import AbstractAsyncContextManager
+
+    from synthia_vllm.engine import Sink
+
+
+@dataclass
+class Hands(FakeEngine):
+    """An engine that says what the test hands over, when it does."""
+
+    sink: Any = None
+
+    def submit(self, work: Work, sink: Sink) -> AbstractAsyncContextManager[None]:
+        self.sink = sink
+        return super().submit(work, _Nobody())
+
+
+class _Nobody:
+    def put(self, *_: Any) -> None: ...
+
+    def fail(self, *_: Any) -> None: ...
+
+
+@dataclass
+class Response:
+    """A stream, run by the test, and what reached its socket."""
+
+    n: int = 1
+    keeps_up: bool = True
+    written: list[bytes] = field(default_factory=list)
+    """By the direct way."""
+    sent: list[Any] = field(default_factory=list)
+    """By ASGI's."""
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def write(self, data: bytes) -> bool:
+        self.written.append(data)
+        return self.keeps_up
+
+    async def send(self, message: Any) -> None:
+        if not self.keeps_up:
+            await self.gate.wait()
+        self.sent.append(message)
+
+    async def run(self) -> AsyncIterator[Any]:
+        """Start the stream; yields its sink once, then waits for the end."""
+        engine = Hands(delay=60)
+        work = Work(
+            request_id="x", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=9, n=self.n)
+        )
+        prepared = Prepared(work, "m", True, False, 0, False, 0, 0, "")
+        reply = Reply(prepared, engine)
+        metrics = Metrics(CollectorRegistry())
+        events = Events("id", 0, "m", include_usage=False)
+        stream = Stream(reply, events, Outbox(), metrics.of("m"), arrived=0.0, write=self.write)
+        task = asyncio.create_task(
+            stream_answer(prepared, reply, engine, stream, send=self.send, headers=[], keepalive=0)
+        )
+        await asyncio.sleep(0)
+        yield engine.sink
+        await asyncio.wait_for(task, 5)
+
+
+def say(sink: Any, text: str, choice: int = 0, end: str | None = None) -> None:
+    sink.put(FakeOutput(choice, text, [3], None, end), 0)
+
+
+def texts(chunks: list[bytes]) -> list[list[str]]:
+    """The texts of the events in each chunk."""
+    return [
+        [
+            json.loads(event.removeprefix("data: "))["choices"][0]["delta"].get("content", "")
+            for event in chunk.decode().split("\n\n")
+            if event and "[DONE]" not in event
+        ]
+        for chunk in chunks
+    ]
+
+
+async def turn() -> None:
+    """Let the event loop come round, twice: what is due in it is done."""
+    await asyncio.sleep(0.01)
+
+
+def test_one_write_for_what_came_in_one_turn() -> None:
+    """While the loop keeps up each output is a write; what came together goes together."""
+
+    async def main() -> None:
+        response = Response()
+        async for sink in response.run():
+            say(sink, "a")
+            await turn()
+            assert [m["type"] for m in response.sent] == [
+                "http.response.start",
+                "http.response.body",
+            ]
+            say(sink, "b")
+            await turn()
+            say(sink, "c")
+            say(sink, "d")
+            await turn()
+            assert texts(response.written) == [["b"], ["cd"]]
+            say(sink, "e", end="stop")
+        assert texts([response.sent[-1]["body"]]) == [["e"]]
+        assert response.sent[-1]["body"].endswith(b"data: [DONE]\n\n")
+
+    asyncio.run(main())
+
+
+def test_choices_are_events_of_their_own() -> None:
+    """Pieces of two answers are never one event."""
+
+    async def main() -> None:
+        response = Response(n=2)
+        async for sink in response.run():
+            say(sink, "a")
+            await turn()
+            say(sink, "b", 0)
+            say(sink, "x", 1)
+            say(sink, "c", 0)
+            await turn()
+            assert texts(response.written) == [["bc", "x"]]
+            say(sink, "", 0, end="stop")
+            say(sink, "y", 1, end="length")
+        assert texts([response.sent[-1]["body"]]) == [["", "y"]]
+
+    asyncio.run(main())
+
+
+def test_slow_client_gets_all_of_it_in_order() -> None:
+    """What a client does not take is put together, sent when it can be, and never lost."""
+
+    async def main() -> None:
+        response = Response()
+        async for sink in response.run():
+            say(sink, "a")
+            await turn()
+            response.keeps_up = False
+            for char in "bcdef":
+                say(sink, char)
+                await turn()
+            assert texts(response.written) == [["b"]]
+            response.keeps_up = True
+            response.gate.set()
+            await turn()
+            say(sink, "g")
+            await turn()
+            say(sink, "h", end="stop")
+        bodies = [m["body"] for m in response.sent[1:]]
+        assert texts(bodies) == [["a"], ["c"], ["def"], ["h"]]
+        assert texts(response.written) == [["b"], ["g"]]
+
+    asyncio.run(main())
+
+
+def test_error_comes_after_what_was_kept() -> None:
+    """A stream whose engine dies ends with what there was and the error, without ``[DONE]``."""
+
+    async def main() -> None:
+        response = Response()
+        async for sink in response.run():
+            say(sink, "a")
+            await turn()
+            say(sink, "b")
+            sink.fail(EngineDead())
+        said = b"".join(m.get("body", b"") for m in response.sent) + b"".join(response.written)
+        assert said.count(b'"content":"b"') == 1
+        assert b"engine_dead" in response.sent[-1]["body"]
+        assert b"[DONE]" not in said
+
+    asyncio.run(main())
+
+
+def test_bulk_is_the_same_as_one_by_one() -> None:
+    """A histogram fed at once shows what one fed value by value shows."""
+    values = [0.0, 0.1, 0.1, 0.15, 0.2, 0.9, 1.0, 7.0]
+    shown = []
+    for bulk in (True, False):
+        registry = CollectorRegistry()
+        histogram = BulkHistogram("x", "x", registry=registry, buckets=(0.1, 0.2, 1.0))
+        if bulk:
+            histogram.observe_all(values)
+            histogram.observe_all([])
+        else:
+            for value in values:
+                histogram.observe(value)
+        [family] = registry.collect()
+        shown.append(
+            {
+                (s.name, *s.labels.items()): s.value
+                for s in family.samples
+                if "created" not in s.name
+            }
+        )
+    assert shown[0] == pytest.approx(shown[1])
