@@ -228,6 +228,8 @@ class _Exchange:
         self._log(took, prompt, answer)
 
     def _log(self, took: float, prompt: int, answer: int) -> None:
+        if not logger.isEnabledFor(logging.INFO):
+            return
         prepared, reply = self._prepared, self._reply
         fields: dict[str, Any] = {
             "id": self.id,
