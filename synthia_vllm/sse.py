@@ -157,8 +157,7 @@ class Stream:
             self.fail(error)
             return
         except Exception:  # the caller serves every other request, too
-            logger.exception("a stream broke: a fault of the server's own")
-            self.fail(EngineFault())
+            self._break()
             return
         if piece is None:
             return
@@ -184,8 +183,11 @@ class Stream:
         """Write what is kept; the last of it is the task's, which has more to say."""
         if self._direct is None or not self._kept or not self._reply.open_choices:
             return
-        if not self._direct(self._take()):
-            self._direct = None
+        try:
+            if not self._direct(self._take()):
+                self._direct = None
+        except Exception:  # the caller has other streams to flush
+            self._break()
 
     async def kept(self, seconds: float | None) -> bytes:
         """Wait for what cannot be written at once, and return its events.
@@ -213,6 +215,10 @@ class Stream:
         """Add the gaps between texts to the metrics."""
         gaps, self._gaps = self._gaps, []
         self._series.inter_token_latency.observe_all(gaps)
+
+    def _break(self) -> None:
+        logger.exception("a stream broke: a fault of the server's own")
+        self.fail(EngineFault())
 
     def _take(self) -> bytes:
         kept, self._kept = self._kept, {}

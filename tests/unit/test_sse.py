@@ -52,6 +52,7 @@ class Response:
     sent: list[Any] = field(default_factory=list)
     """By ASGI's."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
+    outbox: Outbox = field(default_factory=Outbox)
 
     def write(self, data: bytes) -> bool:
         self.written.append(data)
@@ -72,7 +73,7 @@ class Response:
         reply = Reply(prepared, engine)
         metrics = Metrics(CollectorRegistry())
         events = Events("id", 0, "m", include_usage=False)
-        stream = Stream(reply, events, Outbox(), metrics.of("m"), arrived=0.0, write=self.write)
+        stream = Stream(reply, events, self.outbox, metrics.of("m"), arrived=0.0, write=self.write)
         task = asyncio.create_task(
             stream_answer(prepared, reply, engine, stream, send=self.send, headers=[], keepalive=0)
         )
@@ -189,6 +190,33 @@ def test_error_comes_after_what_was_kept() -> None:
         assert b"[DONE]" not in said
 
     asyncio.run(main())
+
+
+def test_broken_stream_breaks_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    """Streams are flushed together; what goes wrong in one is told to its client alone."""
+
+    class Broken(Response):
+        def write(self, data: bytes) -> bool:
+            raise ZeroDivisionError
+
+    async def main() -> None:
+        outbox = Outbox()
+        broken, sound = Broken(outbox=outbox), Response(outbox=outbox)
+        async for bad in broken.run():
+            async for good in sound.run():
+                for sink in (bad, good):
+                    say(sink, "a")
+                await turn()
+                for sink in (bad, good):
+                    say(sink, "b")
+                await turn()
+                say(good, "c", end="stop")
+        assert b"engine_fault" in broken.sent[-1]["body"]
+        assert texts(sound.written) == [["b"]]
+        assert texts([sound.sent[-1]["body"]]) == [["c"]]
+
+    asyncio.run(main())
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_bulk_is_the_same_as_one_by_one() -> None:
