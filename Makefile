@@ -4,13 +4,15 @@
 #   make serve ARGS="--port 8123"  ... with flags for `synthia-vllm serve`
 #   make test                      run the tests (and set up what they need)
 #   make check                     lint and type-check
+#   make bench                     a few minutes of load on the demo model, measured
+#   make bench ARGS="--url ..."    ... or on another server: flags for benchmarks/load.py
 #
 # ENGINE=cpu or ENGINE=gpu overrides the choice by the machine; PYTHON=... the interpreter.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-unit check format clean
+.PHONY: help serve test test-unit check format bench clean
 
 BIN := .venv/bin
 ENGINE ?= $(shell for d in /dev/nvidiactl /dev/nvidia0 /dev/dxg; do [ -e $$d ] && echo gpu && exit; done; echo cpu)
@@ -46,6 +48,13 @@ format: .venv/.dev
 	@$(BIN)/ruff check --fix-only .
 	@$(BIN)/ruff format .
 
+# Numbers of a machine that does something else at the same time mean little.
+bench: .venv/.bench
+	@echo "[bench] what users see: load.py"
+	@$(BIN)/python benchmarks/load.py --exact-length --goodput ttft:500 itl:50 $(ARGS)
+	@echo "[bench] what the serving layer costs: edge.py"
+	@$(BIN)/python benchmarks/edge.py --rounds 1
+
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -77,4 +86,9 @@ clean:
 .venv/.dev: .venv/.engine-$(ENGINE)
 	@echo "[setup] installing the tools for tests and checks"
 	@$(PIP) install -e '.[dev]' | $(FETCHED)
+	@touch $@
+
+.venv/.bench: .venv/.engine-$(ENGINE)
+	@echo "[setup] installing what the load scripts need"
+	@$(PIP) install -e '.[bench]' | $(FETCHED)
 	@touch $@

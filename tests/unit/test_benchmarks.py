@@ -1,0 +1,204 @@
+"""The load generator: what it asks, when, and what answers count for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+from clients import Answer
+from load import goal, next_rate
+from score import good
+from serving import running
+from workloads import SHAPES, Shape, arrivals, conversations, read_trace
+
+from synthia_vllm.errors import EngineFault, Unavailable
+from synthia_vllm.fake import FakeEngine
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from synthia_vllm.engine import Sink, Work
+
+ROOT = Path(__file__).parents[2]
+
+
+def answer(status: int = 200, *, success: bool = True, error: str = "", tokens: int = 5) -> Answer:
+    """First token after 0.1 s, then gaps of 10 ms and, before the last token, one of 50 ms."""
+    gaps = [0.01] * (tokens - 2) + [0.05] if tokens > 1 else []
+    output = SimpleNamespace(
+        success=success, error=error, ttft=0.1, itl=gaps, latency=0.1 + sum(gaps),
+        output_tokens=tokens,
+    )  # fmt: skip
+    return Answer(10, 0.0, status=status, output=output)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_workloads_come_from_the_seed(name: str) -> None:
+    """The same seed makes the same conversations; another one others, from the first words on."""
+    shape = SHAPES[name]
+    assert conversations(shape, 5, 1) == conversations(shape, 5, 1)
+    ours, others = conversations(shape, 5, 1), conversations(shape, 5, 2)
+    starts = [[c.turns[0].text[:60] for c in them] for them in (ours, others)]
+    assert len(set(starts[0] + starts[1])) == 10
+
+
+def test_lengths_are_those_asked() -> None:
+    """Messages, answers, turns and the shared system prompt are as long as the shape says."""
+    made = conversations(Shape(40, 7, turns=3, system_tokens=9), 4, 0)
+    assert {len(conversation.turns) for conversation in made} == {3}
+    assert len({conversation.system for conversation in made}) == 1
+    assert len(made[0].system.split()) == 9
+    for turn in itertools.chain(*(conversation.turns for conversation in made)):
+        assert turn.input_tokens == len(turn.text.split()) == 40
+        assert turn.output_tokens == 7
+
+
+def test_sharegpt_lengths() -> None:
+    """They are within vLLM's filter, and their means are those that its benchmark is known for."""
+    turns = [conversation.turns[0] for conversation in conversations(SHAPES["sharegpt"], 4000, 0)]
+    assert all(4 <= turn.input_tokens <= 1024 and turn.output_tokens >= 4 for turn in turns)
+    assert all(turn.input_tokens + turn.output_tokens <= 2048 for turn in turns)
+    assert statistics.mean(turn.input_tokens for turn in turns) == pytest.approx(215, rel=0.05)
+    assert statistics.mean(turn.output_tokens for turn in turns) == pytest.approx(198, rel=0.05)
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0, math.inf])
+def test_gaps_have_the_mean_and_the_burstiness_asked(burstiness: float) -> None:
+    """Of a gamma distribution of shape b, standard deviation over mean is 1 / sqrt(b)."""
+    moments = arrivals(20_000, 5.0, burstiness, seed=3)
+    gaps = [b - a for a, b in itertools.pairwise([0.0, *moments])]
+    mean = statistics.mean(gaps)
+    assert mean == pytest.approx(1 / 5)
+    expected = 1 / math.sqrt(burstiness)
+    assert statistics.stdev(gaps) / mean == pytest.approx(expected, rel=0.05, abs=1e-6)
+    assert moments == arrivals(20_000, 5.0, burstiness, seed=3)
+
+
+def test_a_ramp_goes_from_one_rate_to_the_other() -> None:
+    """The first and the last tenth of the requests come at about the two rates."""
+    moments = arrivals(20_000, 2.0, seed=0, ramp_to=20.0)
+    assert 2000 / moments[1999] == pytest.approx(2.8, rel=0.1)
+    assert 2000 / (moments[-1] - moments[-2001]) == pytest.approx(19.1, rel=0.1)
+
+
+def test_a_trace_is_replayed(tmp_path: Path) -> None:
+    """Lines come by time, from the first on, in seconds; other fields do not matter."""
+    file = tmp_path / "trace.jsonl"
+    lines = [
+        {"timestamp": 3500, "input_length": 6, "output_length": 2, "hash_ids": [1]},
+        {"timestamp": 1000, "input_length": 30, "output_length": 4},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    moments, asked = read_trace(file, SHAPES["fixed"], 0, unit=0.001)
+    assert moments == [0.0, 2.5]
+    turns = [conversation.turns[0] for conversation in asked]
+    assert [(turn.input_tokens, turn.output_tokens) for turn in turns] == [(30, 4), (6, 2)]
+
+
+@pytest.mark.parametrize("line", ["[]", '{"timestamp": 1}', "{", '{"timestamp": null}'])
+def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, line: str) -> None:
+    """What is wrong, and where."""
+    file = tmp_path / "trace.jsonl"
+    file.write_text('{"timestamp": 0, "input_length": 1, "output_length": 1}\n' + line)
+    with pytest.raises(ValueError, match=r"line 2: expected"):
+        read_trace(file, SHAPES["fixed"], 0)
+
+
+def test_outcomes() -> None:
+    """429 and 503 are refusals; any other status, or a stream that breaks off, is a failure."""
+    assert answer().outcome == "answered"
+    for status in (429, 503):
+        assert answer(status, success=False, error="Too Many").outcome == "refused"
+    for status in (0, 200, 400, 500):
+        assert answer(status, success=False).outcome == "failed"
+    assert answer(429, success=False, error="Too Many").error == "429: Too Many"
+    broken = answer(0, success=False, error="Traceback\n  ...\nOSError: gone\n")
+    assert broken.error == "no response: OSError: gone"
+
+
+@pytest.mark.parametrize(
+    ("pair", "met"),
+    [
+        ("ttft:100", True), ("ttft:99", False),
+        ("e2el:181", True), ("e2el:179", False),
+        ("tpot:21", True), ("tpot:19", False),  # 80 ms for four tokens
+        ("itl:50", True), ("itl:45", False),
+    ],
+)  # fmt: skip
+def test_goodput(pair: str, met: bool) -> None:
+    """An answer is good if it meets all objectives; what was not answered never is."""
+    goals = dict([goal(pair)])
+    assert good(answer(), goals) == met
+    assert not good(answer(), goals | {"ttft": 1.0})
+    assert not good(answer(429, success=False), goals)
+    short = answer(tokens=1)
+    assert good(short, goals) == (met if pair.startswith("ttft") else True)
+
+
+def test_a_sweep_closes_in() -> None:
+    """It doubles or halves until the limit is between two rates, and ends close to it."""
+    for limit in (0.3, 7.0, 100.0):
+        met, missed, steps = 0.0, math.inf, 0
+        rate: float | None = 1.0
+        while rate is not None:
+            met, missed = (rate, missed) if rate <= limit else (met, rate)
+            rate = next_rate(met, missed)
+            steps += 1
+        assert met <= limit < missed <= 1.1 * met
+        assert steps <= 12
+
+
+class Moody(FakeEngine):
+    """Of every seven requests, the third is refused and the fifth breaks off after a word."""
+
+    @asynccontextmanager
+    async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
+        if len(self.seen) % 7 == 2:
+            self.seen.append(work)
+            raise Unavailable("Full.", code="overloaded")
+        async with super().submit(work, sink):
+            yield
+
+    async def _speak(self, work: Work, sink: Sink) -> None:
+        if self.seen.index(work) % 7 == 4:
+            sink.put(self._steps(work)[0][0], 0)
+            sink.fail(EngineFault())
+        else:
+            await super()._speak(work, sink)
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="requests are sent by vLLM's code")
+def test_a_run(tmp_path: Path) -> None:
+    """The command measures a server by vLLM's code; it counts refusals apart from broken answers,
+    and shows the key to nobody."""
+    file = tmp_path / "found.json"
+    command = [sys.executable, f"{ROOT}/benchmarks/load.py", "--api-key", "swordfish"]
+    command += ["--rate", "500", "--requests", "34", "--warmup", "1", "--json", str(file)]
+    command += ["--goodput", "ttft:60000", "itl:60000"]
+    with running(Moody()) as server:
+        done = subprocess.run(
+            [*command, "--url", f"{server.url}/v1"], check=True, capture_output=True, text=True
+        )
+    shown = file.read_text()
+    found = json.loads(shown)
+    assert (found["num_prompts"], found["completed"], found["failed"]) == (34, 24, 10)
+    assert (found["refused"], found["errors"]) == (5, 5)
+    assert list(found["refused_by_reason"]) == ["503: Service Unavailable"]
+    assert list(found["errors_by_reason"]) == ["200: The stream ended without its usage."]
+    assert found["good_share"] == 24 / 34
+    assert found["total_output_tokens"] == 24 * len(" Hello.\nUSER:")
+    assert found["total_input_tokens"] > found["asked_input_tokens"] == 24 * 128
+    for measure in ("ttft", "itl", "tpot", "e2el"):
+        assert 0 < found[f"p50_{measure}_ms"] <= found[f"p99_{measure}_ms"]
+    assert "| TTFT |" in done.stdout
+    assert "swordfish" not in done.stdout + done.stderr + shown
