@@ -25,8 +25,8 @@ LONG: dict[str, Any] = {
     "model": "synthia-demo",
     "messages": [{"role": "user", "content": "Hello!"}],
     "stream": True,
-    "temperature": 2,
-    "top_k": -1,
+    "temperature": 0,
+    "logit_bias": {"264": 100},  # "a a a a": nothing but `max_tokens` ends it
     "max_tokens": 400,
 }
 
