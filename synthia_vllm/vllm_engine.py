@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
-from synthia_vllm import leash
+from synthia_vllm import forkserver, leash
 from synthia_vllm.engine import Traits
 from synthia_vllm.errors import (
     ApiError,
@@ -64,6 +64,15 @@ _CPU_DEFAULTS: Final[dict[str, Any]] = {
     "dtype": "float32",
     "kv_cache_memory_bytes": 1 << 30,
 }
+
+# What vLLM's processes on a CPU import, all together most of their time to start.
+_FORKED_WITH: Final = (
+    "synthia_vllm.vllm_engine",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.mistral",
+)
 
 
 class VllmEngine:
@@ -109,10 +118,14 @@ class VllmEngine:
         os.environ["VLLM_RPC_BASE_PATH"] = self._run_directory
         os.environ[leash.DIRECTORY] = self._run_directory
         os.environ[leash.SERVER] = str(os.getpid())
+        if not gpu_present():
+            forkserver.begin(_FORKED_WITH)
         progress("loading vLLM")
         from vllm import envs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if not gpu_present():
+            _fork_engine_core()
         args = _engine_args(self._model, self._options)
         if self._closed:
             raise StartupError("The server was stopped while it started.")
@@ -306,6 +319,8 @@ def _prepare_environment(options: Mapping[str, Any]) -> None:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        # As `vllm serve` does: forked from here they would inherit the port and its connections.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }
     if not gpu_present():
         # Its warnings on a CPU are all about not having a GPU.
@@ -318,6 +333,32 @@ def _prepare_environment(options: Mapping[str, Any]) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
+
+
+def _fork_engine_core() -> None:
+    """Let vLLM on a CPU fork its engine core from the fork server.
+
+    vLLM internal: `get_mp_context` of the module that starts it.
+    """
+    from vllm.v1.engine import utils
+
+    utils.get_mp_context = lambda: forkserver.Context(_fork_worker)
+
+
+def _fork_worker() -> None:
+    """In the engine core: let vLLM fork the worker from it.
+
+    vLLM internal: `get_mp_context` of the module that starts it.
+    """
+    from vllm.v1.executor import multiproc_executor
+
+    os.register_at_fork(after_in_child=_begin_worker)
+    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+def _begin_worker() -> None:
+    forkserver.use_processors()
+    leash.attach()  # vLLM loads its plugins once, and believes it has
 
 
 def _engine_args(model: str, options: Mapping[str, Any]) -> Any:

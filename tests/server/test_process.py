@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,15 @@ def children(pid: int) -> list[tuple[int, str]]:
             found.append((child, Path(f"/proc/{child}/cmdline").read_text()))
             found += children(child)
     return found
+
+
+def sockets(pid: int) -> set[str]:
+    """What the kernel calls the sockets that the process has open."""
+    links = []
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            links.append(os.readlink(file))
+    return {link for link in links if link.startswith("socket:")}
 
 
 def alive(pid: int) -> bool:
@@ -137,6 +146,12 @@ def test_death_of_the_server(demo: Path, tmp_path: Path) -> None:
     with command(demo, tmp_path / "log") as (process, url):
         assert shared_memory() > before
         assert set(Path(tempfile.gettempdir()).glob("synthia-vllm-*")) > places
+        # Nobody but the server holds the port: its processes are not forked from it.
+        below = children(process.pid)
+        assert any("forkserver" in line for _, line in below)
+        mine, theirs = sockets(process.pid), [sockets(pid) for pid, _ in below]
+        assert mine
+        assert not any(mine & others for others in theirs)
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as response:
             next(response.iter_lines())
             process.kill()
