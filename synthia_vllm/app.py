@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the routes' annotations
 from starlette.routing import Route
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from synthia_vllm.engine import Engine
     from synthia_vllm.metrics import Metrics
     from synthia_vllm.settings import Settings
+    from synthia_vllm.shared import SharedTenants
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +49,16 @@ def create_app(
     settings: Settings,
     metrics: Metrics,
     *,
+    tenants: SharedTenants | None = None,
     progress: Callable[[str], None] = logger.info,
     on_failure: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The application; its lifespan starts and stops `engine`.
 
-    `on_failure` is called when the engine could not start or has died; ``app.state.service``
-    then knows why.
+    `tenants` are those of several processes, where this is one of them. `on_failure` is called
+    when the engine could not start or has died; ``app.state.service`` then knows why.
     """
-    service = Service(engine, settings, metrics)
+    service = Service(engine, settings, metrics, tenants)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -163,7 +165,7 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     def prometheus() -> Response:
         """The edge's and vLLM's series, for Prometheus."""
-        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_error_answers(app: FastAPI) -> None:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from synthia_vllm.engine import Engine, Output, TokenLogprob
     from synthia_vllm.protocol import ChatRequest
     from synthia_vllm.settings import Settings
-    from synthia_vllm.tenants import Lease
+    from synthia_vllm.tenants import Place
 
 # JSON has no infinity; OpenAI writes this for a token that cannot be.
 _LEAST_LOGPROB: Final = -9999.0
@@ -69,18 +69,18 @@ class Prepared:
 
 
 async def prepare(
-    request: ChatRequest, engine: Engine, settings: Settings, request_id: str, lease: Lease
+    request: ChatRequest, engine: Engine, settings: Settings, request_id: str, place: Place
 ) -> Prepared:
     """All that is decided before the engine sees the request.
 
-    Raises `InvalidRequest`, and whatever `Lease.reserve` raises.
+    Raises `InvalidRequest`, and whatever `Place.claim` raises.
     """
     served = settings.served
     if request.model not in served:
         raise UnknownModel(request.model, tuple(served))
-    if lease.user.models is not None and request.model not in lease.user.models:
+    if place.user.models is not None and request.model not in place.user.models:
         raise Forbidden(
-            f"You may not use {request.model}. Yours: {', '.join(sorted(lease.user.models))}.",
+            f"You may not use {request.model}. Yours: {', '.join(sorted(place.user.models))}.",
             param="model",
             code="model_not_allowed",
         )
@@ -98,7 +98,7 @@ async def prepare(
             param="continue_final_message",
             code="invalid_value",
         )
-    asked = _max_tokens(request, settings, lease.user.max_tokens)
+    asked = _max_tokens(request, settings, place.user.max_tokens)
     token_ids, dropped = await _fit(messages, asked, engine, settings)
     room = engine.traits.max_model_len - len(token_ids)
     sampling = _sampling(request, settings, engine, min(asked, room))
@@ -109,7 +109,7 @@ async def prepare(
             sampling=sampling,
             # With `min_tokens` the engine runs past the answer's end; seeing each step, we end it.
             deltas=bool(request.stream) or sampling.min_tokens > 0,
-            priority=lease.reserve(len(token_ids), sampling.max_tokens, sampling.n),
+            priority=await place.claim(len(token_ids), sampling.max_tokens, sampling.n),
         ),
         model=request.model,
         stream=bool(request.stream),

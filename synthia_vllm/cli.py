@@ -35,6 +35,7 @@ vLLM's AsyncEngineArgs: `python -c "import vllm; help(vllm.AsyncEngineArgs)"` li
 _FLAGS: Final[dict[str, str]] = {
     "host": "address to listen on (default 127.0.0.1: this machine only)",
     "port": "port to listen on (default 8000)",
+    "api_workers": "API processes that share the engine and the port (default 1)",
     "model": "'demo', a hub name, or a directory (default: Synthia-7B-v3.0 with a GPU, else demo)",
     "served_name": "model name clients use (default: from the model)",
     "preset": "system message for requests without one: none, tree-of-thought",
@@ -43,6 +44,7 @@ _FLAGS: Final[dict[str, str]] = {
     "overflow": "conversations too long for the context: error, drop-oldest",
     "log_level": "debug, info, warning, error",
 }
+_NUMBERS: Final = ("port", "api_workers")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +116,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         value = getattr(args, key)
         if value is not None:
             flag = f"--{key.replace('_', '-')}"
-            flags.append((flag, key, _number(value) if key == "port" else value))
+            flags.append((flag, key, _number(value) if key in _NUMBERS else value))
     for text in args.set:
         key, value = parse_assignment(text)
         flags.append((f"--set {text}", key, value))
@@ -159,6 +161,13 @@ def _serve(args: argparse.Namespace) -> int:
         check_model(model, progress)
     if Path(model).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing to be fetched: ask nobody
+    if settings.api_workers > 1:
+        from synthia_vllm.workers import Supervisor
+
+        supervisor = Supervisor(settings, model, progress)
+        if supervisor.tenants.open:
+            _warn_of_open_server(settings)
+        return supervisor.run()
     server: Server | None = None
 
     def stop() -> None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from synthia_vllm.engine import Engine, Output
     from synthia_vllm.service import Service
-    from synthia_vllm.tenants import Lease
+    from synthia_vllm.tenants import Place
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ class ChatEndpoint:
         exchange = _Exchange(service, dict(scope["headers"]), send, write, self._outbox)
         service.open(exchange)
         try:
-            lease = exchange.admit()
-            await exchange.run_while_wanted(receive, lease)
+            place = await exchange.admit()
+            await exchange.run_while_wanted(receive, place)
         except _ClientLeft:
             exchange.status = _CLIENT_LEFT
         except ApiError as error:
@@ -97,7 +97,7 @@ class _Exchange:
         self._arrived = time.perf_counter()
         self.id = _request_id(headers)
         self._user: str | None = None
-        self._lease: Lease | None = None
+        self._place: Place | None = None
         self._prepared: Prepared | None = None
         self._reply: Reply | None = None
         self._work: asyncio.Task[None] | None = None
@@ -105,20 +105,20 @@ class _Exchange:
         self._started = False
         self.status = 500
 
-    def admit(self) -> Lease:
+    async def admit(self) -> Place:
         """Decide, before anything is done for it, whether this request can be had now."""
         service = self._service
         self._user = service.tenants.identify(self._request_headers.get(b"authorization"))
         service.require_serving()
-        self._lease = lease = service.tenants.enter(self._user)
-        return lease
+        self._place = place = await service.tenants.admit(self._user)
+        return place
 
-    async def run_while_wanted(self, receive: Receive, lease: Lease) -> None:
+    async def run_while_wanted(self, receive: Receive, place: Place) -> None:
         """Answer, unless the client leaves, the time is up, or the server ends it first."""
         limits = self._service.settings.limits
         seconds = _deadline(self._request_headers, limits.request_seconds)
         body = await _read_body(self._request_headers, receive, limits.max_body_bytes)
-        self._work = work = asyncio.create_task(self._answer(body, lease))
+        self._work = work = asyncio.create_task(self._answer(body, place))
         watching = asyncio.create_task(_client_left(receive))
         try:
             left = seconds - (time.perf_counter() - self._arrived)
@@ -144,14 +144,14 @@ class _Exchange:
             self._ended_by = error
             self._work.cancel()
 
-    async def _answer(self, body: bytes, lease: Lease) -> None:
+    async def _answer(self, body: bytes, place: Place) -> None:
         service = self._service
         request = parse_chat_request(body)
         self._prepared = prepared = await prepare(
-            request, service.engine, service.settings, self.id, lease
+            request, service.engine, service.settings, self.id, place
         )
         self._reply = reply = Reply(
-            prepared, service.engine, began=lease.began, keep_text=service.keeps_text
+            prepared, service.engine, began=place.began, keep_text=service.keeps_text
         )
         answer_id, created = f"chatcmpl-{self.id}", int(time.time())
         if prepared.stream:
@@ -206,8 +206,8 @@ class _Exchange:
         answer = reply.answer_tokens if reply else 0
         ends = reply.finish_reasons if reply else []
         took = time.perf_counter() - self._arrived
-        if self._lease is not None:
-            self._lease.leave(prompt, answer, len(ends))
+        if self._place is not None:
+            self._place.leave(prompt, answer, len(ends))
         metrics.requests.labels(CHAT, model, str(self.status)).inc()
         if self.status == _CLIENT_LEFT:
             metrics.aborted_by_client.labels(model).inc()

@@ -31,12 +31,12 @@ def begin(modules: Sequence[str]) -> None:
 
 
 class Context(ForkServerContext):
-    """A multiprocessing context whose processes call `prepare`, a module's function, first.
+    """A multiprocessing context whose processes call `prepare`, a module's function, if any, first.
 
     They have the environment of the process that starts them, as spawned ones do.
     """
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
+    def __init__(self, prepare: Callable[[], None] | None = None) -> None:
         super().__init__()
         self._prepare = prepare
 
@@ -46,7 +46,7 @@ class Context(ForkServerContext):
 
 
 class _Process(ForkServerProcess):
-    def __init__(self, prepare: Callable[[], None], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, prepare: Callable[[], None] | None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._prepare = prepare
         self._environment: dict[str, str] = {}
@@ -62,7 +62,8 @@ class _Process(ForkServerProcess):
         for name, value in self._environment.items():
             if os.environ.get(name) != value:
                 os.environ[name] = value
-        self._prepare()
+        if self._prepare is not None:
+            self._prepare()
         super().run()
 
 

@@ -6,18 +6,26 @@ finish reasons): no client can add a series.
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections import Counter as Counts
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Final
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+    multiprocess,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from prometheus_client import CollectorRegistry
+_SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's name for it
 
 _TTFT_BUCKETS: Final = (0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 _ITL_BUCKETS: Final = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
@@ -52,6 +60,16 @@ class ModelSeries:
     dropped_messages: Counter
 
 
+def share_in(directory: str) -> None:
+    """Let all processes started from now on keep their series in files, for any to read."""
+    os.environ[_SHARED] = directory
+
+
+def forget(pid: int) -> None:
+    """The process is gone; what it counted stays, what it had in the making does not."""
+    multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
 class Metrics:
     """All series of the edge, registered in `registry`."""
 
@@ -68,7 +86,10 @@ class Metrics:
 
         self.requests = counter("requests", "HTTP requests answered", "route", "model", "status")
         self.in_flight = Gauge(
-            "synthia_requests_in_flight", "Chat requests being answered", registry=registry
+            "synthia_requests_in_flight",
+            "Chat requests being answered",
+            registry=registry,
+            multiprocess_mode="livesum",
         )
         self.finished = counter(
             "finished", "Answers (choices) by the reason they ended", "model", "reason"
@@ -117,6 +138,14 @@ class Metrics:
             "transcript_failures", "Lines lost to transcripts: disk full, unwritable, too slow"
         )
         self.of = cache(self._of)
+
+    def exposition(self) -> bytes:
+        """All series in Prometheus' text format; of all processes, where they share them."""
+        registry = self.registry
+        if _SHARED in os.environ:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return generate_latest(registry)
 
     def _of(self, model: str) -> ModelSeries:
         """The series of `model`, which must be a served name. Use `of`, which remembers them."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from synthia_vllm.engine import Engine
     from synthia_vllm.metrics import Metrics
     from synthia_vllm.settings import Settings
+    from synthia_vllm.shared import SharedTenants
 
 logger = logging.getLogger(__name__)
 
@@ -37,14 +38,20 @@ class Service:
     Raises `StartupError` if the key file or the place for transcripts cannot be used.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+        tenants: SharedTenants | None = None,
+    ) -> None:
         self.engine = engine
         self.settings = settings
         self.metrics = metrics
         self.phase: Phase = "starting"
         self.failure: StartupError | EngineDead | None = None
         self.created = int(time.time())
-        self.tenants = Tenants(
+        self.tenants = tenants or Tenants(
             settings.keys_file,
             max_requests=settings.limits.max_requests,
             max_queue_seconds=settings.limits.max_queue_seconds,
@@ -142,7 +149,7 @@ class Service:
         """Start the engine, then watch it until this task is cancelled."""
         try:
             await self.engine.start(progress)
-            self.tenants.batch = self.engine.traits.max_num_seqs
+            self.tenants.set_batch(self.engine.traits.max_num_seqs)
             # What is there now stays: torch and vLLM alone are a million objects, and looking
             # through them for garbage was a third of the CPU of streaming, in pauses of 0.3 s.
             gc.collect()

@@ -66,6 +66,7 @@ class Settings(_Section):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    api_workers: int = Field(1, ge=1, le=64)
     model: str = Field("auto", min_length=1)
     served_name: str | None = Field(None, min_length=1, pattern=r"^[^\s/][^\s]*$")
     preset: Literal["none", "tree-of-thought"] = "none"

@@ -22,7 +22,7 @@ import secrets
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Protocol
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
@@ -207,36 +207,17 @@ class _Account:
                 setattr(self, name, Bucket(limit, now))
 
 
-class Tenants:
-    """All users, and the places of the server that they share.
+class Users:
+    """Who there is, by the key file `file`; with `None` for it, all are one user.
 
-    `file` is the key file, or `None` for a server that is open to all, who are then one user.
-    At most `max_requests` requests are in the server at a time; a user whose own would wait
-    longer than `max_queue_seconds` is told to come back later.
+    Raises `StartupError` if it cannot be read.
     """
 
-    def __init__(
-        self,
-        file: Path | None,
-        *,
-        max_requests: int,
-        max_queue_seconds: float,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._max_requests = max_requests
-        self._max_queue_seconds = max_queue_seconds
-        self._clock = clock
         self._ring: KeyRing | None = None
         self._version: Any = None
         self._seen: Any = None
-        self._accounts: dict[str, _Account] = {}
-        self._floor = 0.0
-        self._departures = Departures()
-        self.in_flight = 0
-        """Places taken."""
-        self.batch = 1
-        """Requests the engine runs at the same time; more than these wait."""
         if file is not None:
             self.reload()
 
@@ -270,9 +251,6 @@ class Tenants:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise StartupError(f"Cannot read the key file {self._file}: {reason}.") from None
         self._ring = KeyRing(content, str(self._file))
-        for name in [name for name in self._accounts if name not in self._ring.users]:
-            if not self._accounts[name].in_flight:
-                del self._accounts[name]
         return True
 
     def identify(self, authorization: bytes | None) -> str:
@@ -285,18 +263,84 @@ class Tenants:
             raise Unauthorized
         return name
 
+    def user(self, name: str) -> User:
+        """The user of this name. Raises `Unauthorized` if there is none, any more."""
+        user = self._ring.users.get(name) if self._ring else User()
+        if user is None:
+            raise Unauthorized
+        return user
+
     def models_of(self, name: str) -> frozenset[str] | None:
         """The model names user `name` may use; `None` for all."""
         user = self._ring.users.get(name) if self._ring else None
         return user.models if user else None
 
+
+class Place(Protocol):
+    """A request's place in the server; it lives exactly as long as the request."""
+
+    @property
+    def user(self) -> User:
+        """Whose it is."""
+
+    async def claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
+        """Claim the tokens this request may take; return its priority, smallest first.
+
+        Raises `RateLimited` or `Unavailable`; the request then counts as never made.
+        """
+
+    def began(self) -> None:
+        """The engine has begun this request."""
+
+    def leave(self, prompt_tokens: int, answer_tokens: int, finished: int) -> None:
+        """Give the place back; the counts are of tokens that ran, and of answers that ended."""
+
+
+class Tenants(Users):
+    """All users, and the places of the server that they share.
+
+    At most `max_requests` requests are in the server at a time; a user whose own would wait
+    longer than `max_queue_seconds` is told to come back later.
+    """
+
+    def __init__(
+        self,
+        file: Path | None,
+        *,
+        max_requests: int,
+        max_queue_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._max_requests = max_requests
+        self._max_queue_seconds = max_queue_seconds
+        self._clock = clock
+        self._accounts: dict[str, _Account] = {}
+        self._floor = 0.0
+        self._departures = Departures()
+        self.in_flight = 0
+        """Places taken."""
+        self._batch = 1
+        super().__init__(file)
+
+    def reload(self, *, only_if_changed: bool = False) -> bool:
+        read = super().reload(only_if_changed=only_if_changed)
+        if read and self._ring is not None:
+            for name in [name for name in self._accounts if name not in self._ring.users]:
+                if not self._accounts[name].in_flight:
+                    del self._accounts[name]
+        return read
+
+    async def admit(self, name: str) -> Place:
+        """`enter`, in the form for those who may have to wait for another process's word."""
+        return self.enter(name)
+
     def enter(self, name: str) -> Lease:
         """Take a place for a request of user `name`.
 
-        Raises `RateLimited` or `Unavailable`, with the seconds to wait.
+        Raises `RateLimited` or `Unavailable`, with the seconds to wait, and `Unauthorized`.
         """
         now = self._clock()
-        user = self._ring.users[name] if self._ring else User()
+        user = self.user(name)
         account = self._accounts.setdefault(name, _Account(counter=self._floor))
         account.limit(user, now)
         if account.requests is not None:
@@ -313,6 +357,10 @@ class Tenants:
         lease = Lease(self, name, user, account)
         self._occupy(lease, 1)
         return lease
+
+    def set_batch(self, size: int) -> None:
+        """The engine runs `size` requests at the same time; more than these wait."""
+        self._batch = size
 
     def headers(self, name: str) -> list[tuple[bytes, bytes]]:
         """What is left of the limits of user `name`, in OpenAI's header names."""
@@ -345,11 +393,11 @@ class Tenants:
                 "The server is full.", code="server_full", retry_after=self._departures.wait(now)
             )
         gap = self._departures.gap
-        if self.in_flight < self.batch or gap is None:
+        if self.in_flight < self._batch or gap is None:
             return
         # Requests of this user that wait, times the pace at which its turn comes. What is not
         # streamed is not seen to begin, but no more can wait than the batch does not hold.
-        ahead = min(len(account.waiting), self.in_flight - self.batch)
+        ahead = min(len(account.waiting), self.in_flight - self._batch)
         waiting = [other.weight for other in self._accounts.values() if other.waiting]
         wait = ahead * gap * max(1.0, sum(waiting) / user.weight)
         if wait > self._max_queue_seconds:
@@ -371,7 +419,7 @@ class Tenants:
             now = self._clock()
             allowed = lease.user.concurrent_requests
             account.departures.note(now, full=allowed is not None and account.in_flight >= allowed)
-            self._departures.note(now, full=self.in_flight >= self.batch)
+            self._departures.note(now, full=self.in_flight >= self._batch)
         account.in_flight -= lease.places
         self.in_flight -= lease.places
 
@@ -384,7 +432,7 @@ class Tenants:
 
 
 class Lease:
-    """A request's place in the server; it lives exactly as long as the request."""
+    """A `Place`, and what was taken for it."""
 
     __slots__ = (
         "_begun",
@@ -408,6 +456,10 @@ class Lease:
         self._charged = 0.0
         self._stamp: float | None = None
         self._begun = False
+
+    async def claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
+        """`reserve`, see `Tenants.admit`."""
+        return self.reserve(prompt_tokens, max_tokens, n)
 
     def reserve(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
         """Claim the tokens this request may take; return its priority, smallest first.
@@ -459,7 +511,7 @@ class Lease:
         if self._stamp is not None:
             if prompt_tokens:
                 self.began()
-            else:
+            elif not self._begun:
                 account.waiting.remove(self._stamp)
             cost = PROMPT_COST * prompt_tokens + ANSWER_COST * answer_tokens
             account.counter += cost / self.user.weight - self._charged

@@ -16,13 +16,13 @@ import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
-from synthia_vllm import forkserver, leash
+from synthia_vllm import forkserver, leash, metrics
 from synthia_vllm.engine import Traits
 from synthia_vllm.errors import (
     ApiError,
@@ -33,11 +33,11 @@ from synthia_vllm.errors import (
     SynthiaError,
     Unavailable,
 )
-from synthia_vllm.metrics import BulkHistogram
 from synthia_vllm.settings import gpu_present
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Mapping
+    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+    from multiprocessing.process import BaseProcess
 
     from synthia_vllm.engine import Sampling, Sink, Work
 
@@ -75,18 +75,51 @@ _FORKED_WITH: Final = (
 )
 
 
-class VllmEngine:
-    """vLLM, started with `model` (a hub name or directory) and `options` of `AsyncEngineArgs`."""
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A process's way to engine cores that another process has started (`EngineCores`)."""
 
-    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+    number: int
+    """Of `seats`, from 0."""
+    seats: int
+    addresses: Mapping[str, Any]
+    """vLLM's, with the sockets that the engine cores connect to."""
+    core_pids: tuple[int, ...]
+
+    def let_go(self) -> None:
+        """Close the sockets here: the process that was given them has its own."""
+        self.addresses["input_listener"].close()
+        self.addresses["output_listener"].close()
+
+
+class VllmEngine:
+    """vLLM, started with `model` (a hub name or directory) and `options` of `AsyncEngineArgs`.
+
+    With a `seat`, it is one of several clients of engine cores that run already. `on_runs` is
+    called with vLLM's ids of a request when it has been taken, `on_ran` when it is over.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        options: Mapping[str, Any],
+        seat: Seat | None = None,
+        *,
+        on_runs: Callable[[Sequence[str]], None] = lambda _ids: None,
+        on_ran: Callable[[Sequence[str]], None] = lambda _ids: None,
+    ) -> None:
         self._model = model
         self._options = dict(options)
+        self._seat = seat
+        self._on_runs = on_runs
+        self._on_ran = on_ran
         self._llm: Any = None
         self._traits: Traits | None = None
         self._takes_priority = False
         self._closed = False
         self._numbers = itertools.count()
         self._run_directory: str | None = None
+        self._watched: list[int] = []  # file descriptors of engine cores that are not our children
         self._others = set(multiprocessing.active_children())
         # Tokenising is CPU work; the event loop does not wait for it.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
@@ -98,28 +131,19 @@ class VllmEngine:
         return self._traits
 
     async def start(self, progress: Callable[[str], None]) -> None:
-        try:
+        loop = asyncio.get_running_loop()
+        with _plain_words():
             # A thread that lives as long as the process: the engine's processes are its children.
-            await asyncio.get_running_loop().run_in_executor(self._threads, self._start, progress)
-        except SynthiaError:
-            raise
-        except Exception as error:
-            logger.debug("vLLM did not start", exc_info=error)
-            raise StartupError(
-                f"vLLM did not start: {_root(error)}\n"
-                "Its own account is above; VLLM_LOGGING_LEVEL=INFO makes it say more."
-            ) from error
+            await loop.run_in_executor(self._threads, self._start, progress)
+        if self._seat is not None:
+            for pid in self._seat.core_pids:
+                ended = os.pidfd_open(pid)
+                self._watched.append(ended)
+                loop.add_reader(ended, self._core_ended)
 
     def _start(self, progress: Callable[[str], None]) -> None:
-        _prepare_environment(self._options)
-        # A place of our own for vLLM's sockets, which it leaves behind; and, for its processes,
-        # whom to follow into death (see `leash.py`).
-        self._run_directory = tempfile.mkdtemp(prefix="synthia-vllm-")
-        os.environ["VLLM_RPC_BASE_PATH"] = self._run_directory
-        os.environ[leash.DIRECTORY] = self._run_directory
-        os.environ[leash.SERVER] = str(os.getpid())
-        if not gpu_present():
-            forkserver.begin(_FORKED_WITH)
+        if self._seat is None:
+            self._run_directory = _begin(self._options)
         progress("loading vLLM")
         from vllm import envs
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -132,7 +156,17 @@ class VllmEngine:
         progress("starting the engine process, reading weights, allocating the KV cache")
         # Not kept in a variable here: something of torch's remembers this frame, and an engine
         # that is still referred to at exit complains when it is finalised.
-        self._llm = AsyncLLM.from_engine_args(args, stat_loggers=[_stat_logger()])
+        loggers = [_stat_logger()]
+        if self._seat is None:
+            self._llm = AsyncLLM.from_engine_args(args, stat_loggers=loggers)
+        else:
+            self._llm = AsyncLLM.from_vllm_config(
+                _shared_config(args, self._seat.seats, self._seat.number),
+                stat_loggers=loggers,
+                client_addresses=dict(self._seat.addresses),
+                client_count=self._seat.seats,
+                client_index=self._seat.number,
+            )
         self._look_around()
         # vLLM asks the environment for its switches with every token, unless told to remember.
         envs.enable_envs_cache()  # vLLM internal
@@ -151,7 +185,8 @@ class VllmEngine:
             vocab_size=llm.model_config.get_vocab_size(),
             longest_token=max(map(len, tokenizer.get_vocab())),
             max_logprobs=llm.model_config.max_logprobs,
-            max_num_seqs=scheduler.max_num_seqs,
+            max_num_seqs=scheduler.max_num_seqs
+            * llm.vllm_config.parallel_config.data_parallel_size,
             versions=versions(),
         )
 
@@ -197,8 +232,14 @@ class VllmEngine:
             except Exception as error:
                 run.over = True
                 raise _meaning(error, work) from error
+            ids = llm.output_processor.external_req_ids.get(request_id)  # vLLM internal
+            ids = list(ids or ())
+            self._on_runs(ids)
             run.take_over(llm, collector)
-            yield
+            try:
+                yield
+            finally:
+                self._on_ran(ids)
         finally:
             if not run.over:
                 run.end()
@@ -208,8 +249,37 @@ class VllmEngine:
         if self._llm is None or self._llm.errored:
             raise EngineDead
 
+    async def abort(self, ids: Sequence[str]) -> None:
+        """Free requests by vLLM's ids that another client of the engine has left behind.
+
+        vLLM internal: `AsyncMPClient._send_input`; its own `abort` knows only its own requests.
+        """
+        from vllm.v1.engine import EngineCoreRequestType
+
+        self.check()
+        client = self._llm.engine_core
+        for core in client.core_engines:
+            await client._send_input(EngineCoreRequestType.ABORT, list(ids), core)
+
+    def _core_ended(self) -> None:
+        """Do what vLLM does when it sees the end of an engine core that is its child.
+
+        vLLM internal: `AsyncMPClient.resources` and `shutdown`.
+        """
+        self._unwatch()
+        if self._llm is not None:
+            self._llm.engine_core.resources.engine_dead = True
+            self._llm.engine_core.shutdown()
+
+    def _unwatch(self) -> None:
+        while self._watched:
+            ended = self._watched.pop()
+            asyncio.get_running_loop().remove_reader(ended)
+            os.close(ended)
+
     async def close(self) -> None:
         self._closed = True
+        self._unwatch()
         llm, self._llm = self._llm, None
         if llm is None:
             self.kill()
@@ -232,6 +302,145 @@ class VllmEngine:
             shutil.rmtree(self._run_directory, ignore_errors=True)
 
 
+class EngineCores:
+    """vLLM's engine processes by themselves, for a number of clients in other processes.
+
+    vLLM internal: the functions with which `vllm serve` starts several API processes. All of
+    this blocks; `launch` and `wait` are for one thread, which lives as long as the process.
+    """
+
+    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+        self._model = model
+        self._options = dict(options)
+        self._run_directory: str | None = None
+        self._launching: Any = None
+        self._launch: Any = None
+        self._listeners: Any = None
+        self._closed = False
+
+    def launch(self, seats: int, progress: Callable[[str], None]) -> list[Seat]:
+        """Start the processes, and return a seat for each client. Raises `StartupError`."""
+        with _plain_words():
+            self._run_directory = _begin(self._options, share_metrics=True)
+            progress("loading vLLM")
+            from vllm.v1.engine.utils import bind_engine_zmq_listeners, launch_core_engines
+            from vllm.v1.executor import Executor
+
+            if not gpu_present():
+                _fork_engine_core()
+            config = _shared_config(_engine_args(self._model, self._options), seats, -1)
+            if self._closed:
+                raise StartupError("The server was stopped while it started.")
+            progress("starting the engine process, reading weights, allocating the KV cache")
+            # Not in a variable: see `VllmEngine._start`. It closes itself when it is forgotten.
+            self._listeners = bind_engine_zmq_listeners(config, seats)
+            self._launching = launch_core_engines(
+                config, Executor.get_class(config), True, self._listeners.addresses
+            )
+            self._launch = self._launching.__enter__()
+            more: dict[str, Any] = {}
+            if self._launch.coordinator is not None:
+                more["stats_update_address"] = self._launch.coordinator.get_stats_publish_address()
+            return [
+                Seat(
+                    number,
+                    seats,
+                    {
+                        "input_address": taking.address,
+                        "output_address": giving.address,
+                        "input_listener": taking.socket,
+                        "output_listener": giving.socket,
+                        **more,
+                    },
+                    tuple(process.pid for process in self._launch.engine_manager.processes),
+                )
+                for number, (taking, giving) in enumerate(
+                    zip(self._listeners.inputs, self._listeners.outputs, strict=True)
+                )
+            ]
+
+    def wait(self) -> None:
+        """Return when the engine can run requests. Raises `StartupError`."""
+        with _plain_words():
+            self._launching.__exit__(None, None, None)
+
+    def check(self) -> None:
+        """Return if the processes run; raise `EngineDead` if not."""
+        if self._launch is None or self._launch.engine_manager.finished_procs():
+            raise EngineDead
+
+    def close(self) -> None:
+        """Stop the processes; wait until they are gone."""
+        self._closed = True
+        if self._launch is not None:
+            self._launch.engine_manager.shutdown(_CLOSING_SECONDS)
+            if self._launch.coordinator is not None:
+                self._launch.coordinator.shutdown()
+        self._tidy()
+
+    def kill(self) -> None:
+        """End the processes at once; also while they start."""
+        self._closed = True
+        for child in multiprocessing.active_children():
+            child.kill()  # its own children follow it
+        self._tidy()
+
+    def _tidy(self) -> None:
+        self._listeners = None
+        if self._run_directory is not None:
+            shutil.rmtree(self._run_directory, ignore_errors=True)
+
+
+def api_process(target: Callable[[Any], None], job: object, name: str) -> BaseProcess:
+    """A process that is not yet started, for a client of `EngineCores`: calls `target(job)`."""
+    context: Any = multiprocessing.get_context("spawn")
+    if not gpu_present():
+        context = forkserver.Context()
+    process: BaseProcess = context.Process(target=target, args=(job,), name=name)
+    return process
+
+
+def _begin(options: Mapping[str, Any], *, share_metrics: bool = False) -> str:
+    """What comes before vLLM is imported. Returns a directory, to be removed at the end.
+
+    With `share_metrics`, the processes that are started later keep their metrics in it, too.
+    """
+    _prepare_environment(options)
+    # A place of our own for vLLM's sockets, which it leaves behind; and, for its processes,
+    # whom to follow into death (see `leash.py`).
+    directory = tempfile.mkdtemp(prefix="synthia-vllm-")
+    os.environ["VLLM_RPC_BASE_PATH"] = directory
+    os.environ[leash.DIRECTORY] = directory
+    os.environ[leash.SERVER] = str(os.getpid())
+    if share_metrics:
+        metrics.share_in(directory)
+    if not gpu_present():
+        forkserver.begin(_FORKED_WITH)
+    return directory
+
+
+def _shared_config(args: Any, seats: int, number: int) -> Any:
+    """vLLM's configuration for one of several clients, or, with number -1, for their engine."""
+    args._api_process_count = seats
+    args._api_process_rank = number
+    return args.create_engine_config()
+
+
+@contextmanager
+def _plain_words() -> Iterator[None]:
+    """Make a `StartupError` of whatever vLLM raises when it cannot start."""
+    try:
+        yield
+    except SynthiaError:
+        raise
+    except Exception as error:
+        logger.debug("vLLM did not start", exc_info=error)
+        raise StartupError(
+            f"vLLM did not start: {_root(error)}\n"
+            "Its own account is above; VLLM_LOGGING_LEVEL=INFO makes it say more."
+        ) from error
+
+
 def _stat_logger() -> Any:
     """vLLM's own Prometheus series, fed with all tokens of a step at once.
 
@@ -240,7 +449,7 @@ def _stat_logger() -> Any:
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     class BulkStatLogger(PrometheusStatLogger):  # type: ignore[misc]
-        _histogram_cls = BulkHistogram
+        _histogram_cls = metrics.BulkHistogram
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, **more: Any) -> None:
             if iteration_stats is not None:

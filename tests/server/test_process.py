@@ -6,92 +6,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from processes import COMMAND, LONG, alive, children, command, sockets, status
 from serving import free_port, wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-COMMAND = str(Path(sys.executable).with_name("synthia-vllm"))
-LONG: dict[str, Any] = {
-    "model": "synthia-demo",
-    "messages": [{"role": "user", "content": "Hello!"}],
-    "stream": True,
-    "temperature": 0,
-    "logit_bias": {"264": 100},  # "a a a a": nothing but `max_tokens` ends it
-    "max_tokens": 400,
-}
-
-
-def status(url: str) -> int:
-    """Of a GET, or 0 if nobody listens."""
-    try:
-        return httpx.get(url).status_code
-    except httpx.TransportError:
-        return 0
-
-
-def children(pid: int) -> list[tuple[int, str]]:
-    """All processes below `pid`: (pid, command line)."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found.append((child, Path(f"/proc/{child}/cmdline").read_text()))
-            found += children(child)
-    return found
-
-
-def sockets(pid: int) -> set[str]:
-    """What the kernel calls the sockets that the process has open."""
-    links = []
-    for file in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(OSError):  # closed meanwhile
-            links.append(os.readlink(file))
-    return {link for link in links if link.startswith("socket:")}
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs (a zombie does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@contextmanager
-def command(demo: Path, log: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`synthia-vllm serve --model demo` as a process; nothing of it is left behind."""
-    port = free_port()
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            [COMMAND, "serve", "--model", "demo", "--port", str(port), *flags],
-            stderr=stderr,
-            env=os.environ | {"XDG_CACHE_HOME": str(demo.parent.parent)},
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        # While the engine starts, the server is there and says so.
-        wait_until(lambda: status(f"{url}/ready") or process.poll() is not None, 60)
-        assert status(f"{url}/ready") == 503
-        assert status(f"{url}/health") == 503
-        assert httpx.post(f"{url}/v1/chat/completions", json=LONG).status_code in (401, 503)
-        wait_until(lambda: status(f"{url}/ready") == 200 or process.poll() is not None, 240)
-        assert process.poll() is None, log.read_text()
-        below = [pid for pid, _ in children(process.pid)]
-        yield process, url
-        wait_until(lambda: not any(alive(pid) for pid in below), 30)
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
 
 
 def test_sigterm_drains(demo: Path, tmp_path: Path) -> None:

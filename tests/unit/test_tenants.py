@@ -290,7 +290,7 @@ def test_a_long_queue_is_refused(users: Users) -> None:
     """Who would wait longer than the server allows is refused; another user is not."""
     users.write(alice={}, bob={})
     tenants = users.tenants(max_queue_seconds=5)
-    tenants.batch = 2
+    tenants.set_batch(2)
     leases = [tenants.enter("alice") for _ in range(8)]
     for lease in leases:
         lease.reserve(10, 10, 1)

@@ -1,0 +1,200 @@
+"""Accounts kept by one process for several: the same decisions as in one."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import socket
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from synthia_vllm.errors import RateLimited, Unauthorized, Unavailable
+from synthia_vllm.shared import Desk, SharedTenants
+from synthia_vllm.tenants import ANONYMOUS, Tenants, new_key
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine
+    from pathlib import Path
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run `test` in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(**fixtures: Any) -> None:
+        asyncio.run(test(**fixtures))
+
+    return run
+
+
+@dataclass
+class Office:
+    """One set of accounts, with the desks and the API processes' sides of their lines."""
+
+    file: Path | None = None
+    max_requests: int = 100
+    batches: list[int] = field(default_factory=list)
+    gone: list[list[str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tenants = Tenants(self.file, max_requests=self.max_requests, max_queue_seconds=1e9)
+
+    @asynccontextmanager
+    async def line(self) -> AsyncIterator[tuple[SharedTenants, Desk]]:
+        """Another API process, for as long as the context lasts."""
+        loop = asyncio.get_running_loop()
+        desk = Desk(self.tenants, on_batch=self.batches.append, on_gone=self.gone.append)
+        shared = SharedTenants(self.file)
+        here, there = socket.socketpair()
+        await loop.create_connection(lambda: desk, sock=here)
+        transport, _ = await loop.create_connection(lambda: shared, sock=there)
+        try:
+            yield shared, desk
+        finally:
+            transport.abort()
+            await until(lambda: bool(self.gone))
+
+
+async def until(holds: Any) -> None:
+    """Let the event loop go round until `holds()`."""
+    async with asyncio.timeout(5):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def key_file(path: Path, **users: dict[str, object]) -> Path:
+    document = {name: {"keys": [new_key()[1]], **limits} for name, limits in users.items()}
+    path.write_text(yaml.safe_dump({"users": document}))
+    return path
+
+
+@in_loop
+async def test_limits_hold_over_all(tmp_path: Path) -> None:
+    """Two processes: what one user has taken in one is gone in the other."""
+    office = Office(key_file(tmp_path / "keys", alice={"requests_per_minute": 3}, bob={}))
+    async with office.line() as (one, _), office.line() as (two, _):
+        for process in (one, two, one):
+            assert (await process.admit("alice")).user.requests_per_minute == 3
+        with pytest.raises(RateLimited) as refused:
+            await two.admit("alice")
+        assert refused.value.code == "requests_per_minute"
+        assert 0 < refused.value.retry_after <= 20
+        assert (b"x-ratelimit-remaining-requests", b"0") in two.headers("alice")
+        await two.admit("bob")
+        assert two.headers("bob") == []
+
+
+@in_loop
+async def test_places_are_counted_over_all() -> None:
+    """The bound of requests holds over all processes, and a place given back serves any."""
+    office = Office(max_requests=2)
+    async with office.line() as (one, _), office.line() as (two, _):
+        first = await one.admit(ANONYMOUS)
+        await two.admit(ANONYMOUS)
+        with pytest.raises(Unavailable) as full:
+            await two.admit(ANONYMOUS)
+        assert full.value.code == "server_full"
+        first.leave(0, 0, 0)
+        await until(lambda: office.tenants.in_flight == 1)
+        await two.admit(ANONYMOUS)
+
+
+@in_loop
+async def test_turns_are_those_of_one_process(tmp_path: Path) -> None:
+    """Priorities, and the counters behind them, are what `Tenants` by itself decides."""
+    file = key_file(tmp_path / "keys", alice={"weight": 2.0}, bob={})
+    office, alone = Office(file), Tenants(file, max_requests=100, max_queue_seconds=1e9)
+    async with office.line() as (one, _), office.line() as (two, _):
+        for process, name, prompt, answer in (
+            (one, "alice", 100, 50), (two, "alice", 10, 9), (two, "bob", 7, 300),
+            (one, "bob", 900, 2), (one, "alice", 30, 30),
+        ):  # fmt: skip
+            place, lease = await process.admit(name), alone.enter(name)
+            assert await place.claim(prompt, 400, 1) == lease.reserve(prompt, 400, 1)
+            for either in (place, lease):
+                either.began()
+                either.leave(prompt, answer, 1)
+        await until(lambda: not office.tenants.in_flight)
+
+
+@in_loop
+async def test_who_is_gone_gives_all_back(tmp_path: Path) -> None:
+    """A process that dies: places, tokens, turns; and its runs are named."""
+    office = Office(key_file(tmp_path / "keys", alice={"tokens_per_minute": 1000}))
+    async with office.line() as (two, _):
+        async with office.line() as (one, _):
+            waiting, running = await one.admit("alice"), await one.admit("alice")
+            await one.admit("alice")
+            await waiting.claim(10, 300, 1)
+            await running.claim(10, 300, 2)
+            running.began()
+            one.tell("runs", ["a", "b"])
+            one.tell("runs", ["c"])
+            one.tell("ran", ["a", "b"])
+            await until(lambda: office.tenants.in_flight == 4)
+            await one.admit("alice")  # all before it has been taken
+        assert office.gone == [["c"]]
+        assert office.tenants.in_flight == 0
+        place = await two.admit("alice")
+        await place.claim(10, 900, 1)
+        assert dict(two.headers("alice"))[b"x-ratelimit-remaining-tokens"] == b"90"
+
+
+@in_loop
+async def test_a_client_that_leaves_while_it_is_decided() -> None:
+    """A place that nobody waits for any more is given back, refused or not."""
+    office = Office(max_requests=1)
+    async with office.line() as (one, _):
+        for _ in range(2):
+            asking = [asyncio.create_task(one.admit(ANONYMOUS)) for _ in range(2)]
+            await asyncio.sleep(0)
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking)
+            await until(lambda: office.tenants.in_flight == 0)
+        (await one.admit(ANONYMOUS)).leave(0, 0, 0)
+
+
+@in_loop
+async def test_news(tmp_path: Path) -> None:
+    """The batch is told up; keys and what to abort are told down."""
+    file = key_file(tmp_path / "keys", alice={})
+    office, aborted = Office(file), []
+
+    async def abort(ids: list[str]) -> None:
+        aborted.append(ids)
+
+    async with office.line() as (one, desk):
+        one.on_abort = abort
+        one.set_batch(64)
+        await until(lambda: office.batches == [64])
+        place = await one.admit("alice")
+        key_file(file, bob={})
+        assert not one.reload(only_if_changed=True)
+        office.tenants.reload()
+        with pytest.raises(Unauthorized):  # its keys are still known here
+            await one.admit("alice")
+        place.leave(0, 0, 0)
+        desk.tell("reload")
+        desk.tell("abort", ["x", "y"])
+        await until(lambda: one.names == ("bob",))
+        await until(lambda: aborted == [["x", "y"]])
+        await one.admit("bob")
+
+
+@in_loop
+async def test_nobody_at_the_desk() -> None:
+    """When the accounts are gone, who asks is told to come back, and nobody waits for ever."""
+    office = Office()
+    async with office.line() as (one, desk):
+        asking = asyncio.create_task(one.admit(ANONYMOUS))
+        await asyncio.sleep(0)
+        desk._transport.abort()
+        with pytest.raises(Unavailable):
+            await asking
+        with pytest.raises(Unavailable):
+            await one.admit(ANONYMOUS)
