@@ -128,7 +128,8 @@ async def start(name: str, *options: str) -> AsyncIterator[Running]:
 
 
 def _is_first(process: psutil.Process, first: psutil.Process) -> bool:
-    return process == first
+    # Several API processes lead a process group each.
+    return process == first or os.getpgid(process.pid) == process.pid
 
 
 def _is_rust(process: psutil.Process, first: psutil.Process) -> bool:

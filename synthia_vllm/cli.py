@@ -145,12 +145,7 @@ def _serve(args: argparse.Namespace) -> int:
     logs.configure(settings.log_level, settings.log_format)
     progress = _Progress()
 
-    from prometheus_client import REGISTRY
-
-    from synthia_vllm.app import create_app
-    from synthia_vllm.metrics import Metrics
-    from synthia_vllm.server import Server
-    from synthia_vllm.vllm_engine import VllmEngine, check_model
+    from synthia_vllm.vllm_engine import check_model
 
     model = settings.resolved_model
     if model == "demo":
@@ -168,6 +163,20 @@ def _serve(args: argparse.Namespace) -> int:
         if supervisor.tenants.open:
             _warn_of_open_server(settings)
         return supervisor.run()
+    return _serve_alone(settings, model, progress)
+
+
+def _serve_alone(settings: Settings, model: str, progress: _Progress) -> int:
+    """Serve in this process. Raises `StartupError`."""
+    from prometheus_client import REGISTRY
+
+    from synthia_vllm.app import create_app
+    from synthia_vllm.metrics import Metrics
+    from synthia_vllm.server import Server, listen
+    from synthia_vllm.vllm_engine import VllmEngine
+
+    port = listen(settings.host, settings.port)
+    settings = settings.model_copy(update={"port": port.getsockname()[1]})
     server: Server | None = None
 
     def stop() -> None:
@@ -191,7 +200,7 @@ def _serve(args: argparse.Namespace) -> int:
         service.reload_wanted = True
 
     signal.signal(signal.SIGHUP, reload_keys)
-    server.run()
+    server.run([port])
     if server.hurried:  # wait for nothing, neither threads nor processes
         engine.kill()
         os._exit(1)

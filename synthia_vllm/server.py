@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from typing import TYPE_CHECKING
 
 import uvicorn
 
 from synthia_vllm.connection import ConnectionLimits, guarded
+from synthia_vllm.errors import StartupError
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -19,6 +21,20 @@ if TYPE_CHECKING:
 
 # After the time to finish is over, the seconds that last words and closing get.
 _LAST_WORDS_SECONDS = 2
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises `StartupError` if the address cannot be had."""
+    try:
+        [(family, _, _, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        return socket.create_server(address[:2], family=family)
+    except OSError as error:
+        raise StartupError(
+            f"Cannot listen on {host}:{port}: {error.strerror or error}. If another server is "
+            "running there, `--port` chooses another port."
+        ) from error
 
 
 class Server(uvicorn.Server):

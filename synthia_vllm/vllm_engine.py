@@ -148,6 +148,7 @@ class VllmEngine:
         from vllm import envs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        _attach_coordinator()
         if not gpu_present():
             _fork_engine_core()
         args = _engine_args(self._model, self._options)
@@ -326,6 +327,7 @@ class EngineCores:
             from vllm.v1.engine.utils import bind_engine_zmq_listeners, launch_core_engines
             from vllm.v1.executor import Executor
 
+            _attach_coordinator()
             if not gpu_present():
                 _fork_engine_core()
             config = _shared_config(_engine_args(self._model, self._options), seats, -1)
@@ -552,6 +554,16 @@ def _fork_engine_core() -> None:
     from vllm.v1.engine import utils
 
     utils.get_mp_context = lambda: forkserver.Context(_fork_worker)
+
+
+def _attach_coordinator() -> None:
+    """Leash the process that vLLM starts for several engine cores; it loads no plugins.
+
+    vLLM internal: `get_mp_context` of the module that starts it.
+    """
+    from vllm.v1.engine import coordinator
+
+    coordinator.get_mp_context = lambda: forkserver.Context(leash.attach)
 
 
 def _fork_worker() -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from synthia_vllm import leash, logs, metrics
 from synthia_vllm.errors import EngineDead, StartupError
-from synthia_vllm.server import Server
+from synthia_vllm.server import Server, listen
 from synthia_vllm.shared import Desk, SharedTenants
 from synthia_vllm.tenants import Tenants
 from synthia_vllm.vllm_engine import EngineCores, Seat, VllmEngine, api_process
@@ -82,7 +82,10 @@ class Supervisor:
         self._workers: list[_Worker] = []
         self._orphans: list[str] = []
         # Held but never listened on: the port is ours, and connections go to the others.
-        self._port = _reserve(settings.host, settings.port)
+        # First alone: another server that shares its port would share it with us, too.
+        with listen(settings.host, settings.port) as alone:
+            family, address = alone.family, alone.getsockname()
+        self._port = _bind(family, address)
 
     def run(self) -> int:
         """Serve until told to stop; returns the exit code. Raises `StartupError`."""
@@ -300,23 +303,6 @@ def _share_of(settings: Settings) -> Settings:
     return settings.model_copy(
         update={"limits": limits.model_copy(update={"max_connections": share})}
     )
-
-
-def _reserve(host: str, port: int) -> socket.socket:
-    """A socket bound to the address. Raises `StartupError` if that cannot be had."""
-    try:
-        [(family, _, _, _, address), *_] = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        # Alone first: another server that shares its port would share it with us, too.
-        with socket.create_server(address[:2], family=family) as alone:
-            address = alone.getsockname()
-        return _bind(family, address)
-    except OSError as error:
-        raise StartupError(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}. Another server may be "
-            "running there; `--port` chooses another port."
-        ) from error
 
 
 def _bind(family: int, address: Any) -> socket.socket:

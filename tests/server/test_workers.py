@@ -225,16 +225,29 @@ def test_death_of_the_shared_engine(demo: Path, tmp_path: Path) -> None:
 
 
 def test_death_of_the_supervisor(demo: Path, tmp_path: Path) -> None:
-    """SIGKILL of the supervisor ends all; a port that is taken is said before anything starts."""
-    with command(demo, tmp_path / "log", "--api-workers", "2") as (process, url):
-        for workers in ("2", "3"):
-            port = url.rsplit(":", 1)[1]
-            flags = ["--model", "demo", "--port", port, "--api-workers", workers]
+    """SIGKILL of it ends all, of several engines too; a port that is taken is said at once."""
+    flags = ("--api-workers", "2", "--engine", "data_parallel_size=2")
+    with command(demo, tmp_path / "log", *flags) as (process, url):
+        wait_until(lambda: "2 API processes" in (tmp_path / "log").read_text())
+        with ThreadPoolExecutor(16) as pool:
+            asked = [pool.submit(httpx.post, f"{url}/v1/chat/completions", json=SHORT, timeout=60)
+                     for _ in range(16)]  # fmt: skip
+        assert {answer.result().status_code for answer in asked} == {200}
+        ended = [
+            value for name, value in series(url).items()
+            if name.startswith("vllm:request_success_total") and 'reason="length"' in name
+        ]  # fmt: skip
+        assert sum(ended) == 16
+        assert len(ended) == 2
+        assert min(ended) > 0  # both engines had work
+        for workers in ("1", "3"):
             other = subprocess.run(
-                [COMMAND, "serve", *flags], capture_output=True, text=True, timeout=60, check=False,
+                [COMMAND, "serve", "--model", "demo", "--port", url.rsplit(":", 1)[1],
+                 "--api-workers", workers],
                 env=os.environ | {"XDG_CACHE_HOME": str(demo.parent.parent)},
+                capture_output=True, text=True, timeout=60, check=False,
             )  # fmt: skip
-            assert other.returncode == 2
+            assert other.returncode == 2, other.stderr
             assert "Cannot listen on" in other.stderr
         below = [pid for pid, _ in children(process.pid)]
         process.kill()
