@@ -75,7 +75,8 @@ def test_death_of_the_server(demo: Path, tmp_path: Path) -> None:
         assert mine
         assert not any(mine & others for others in theirs)
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # who forgets it hangs up
+            next(lines)
             process.kill()
     # `command` has seen the end of all processes.
     wait_until(lambda: shared_memory() == before, 30)
@@ -101,7 +102,8 @@ def test_second_sigterm_is_immediate(demo: Path, tmp_path: Path) -> None:
             headers=headers,
             timeout=60,
         ) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # who forgets it hangs up
+            next(lines)
             process.send_signal(signal.SIGTERM)
             wait_until(lambda: status(f"{url}/ready") == 503)
             process.send_signal(signal.SIGTERM)
