@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import json
 import logging
 import multiprocessing
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
 
 from synthia_vllm import forkserver, leash, metrics
+from synthia_vllm.detokenizer import TableDetokenizer, table
 from synthia_vllm.engine import Traits
 from synthia_vllm.errors import (
     ApiError,
@@ -181,6 +183,12 @@ class VllmEngine:
         self._encoders = _encoders(tokenizer)
         self._special = frozenset(tokenizer.all_special_ids)
         self._token = tokenizer.convert_ids_to_tokens
+        backend = tokenizer.backend_tokenizer
+        self._table = table(
+            json.loads(backend.decoder.__getstate__()),
+            backend.get_vocab(),
+            backend.get_added_tokens_decoder(),
+        )
         self._traits = Traits(
             max_model_len=llm.model_config.max_model_len,
             vocab_size=llm.model_config.get_vocab_size(),
@@ -236,7 +244,7 @@ class VllmEngine:
             ids = llm.output_processor.external_req_ids.get(request_id)  # vLLM internal
             ids = list(ids or ())
             self._on_runs(ids)
-            run.take_over(llm, collector)
+            run.take_over(llm, collector, self._table)
             try:
                 yield
             finally:
@@ -610,8 +618,6 @@ def _engine_args(model: str, options: Mapping[str, Any]) -> Any:
 
 def _as_flags(options: Mapping[str, Any]) -> list[str]:
     """`options` as vLLM's command line spells them."""
-    import json
-
     flags: list[str] = []
     for name, value in options.items():
         flag = name.replace("_", "-")
@@ -702,16 +708,22 @@ class _Run:
         self._state: Any = None
         self.over = False
 
-    def take_over(self, llm: Any, collector: Any) -> None:
+    def take_over(self, llm: Any, collector: Any, table: Mapping[int, str]) -> None:
         """Stand in for `collector`, in which vLLM's output handler puts what it has.
 
-        vLLM internal: `RequestOutputCollector.put`, and `RequestState.make_request_output` for a
-        stream of one choice without log-probabilities, which most are.
+        vLLM internal: `RequestOutputCollector.put`; for a request of one choice, its detokenizer;
+        and for a stream without log-probabilities, which most are,
+        `RequestState.make_request_output`.
         """
         from vllm.sampling_params import RequestOutputKind
 
         collector.put = self.put
         state = llm.output_processor.request_states.get(collector.request_id)
+        if state is not None and state.prompt_token_ids[-1] in table:
+            own = state.detokenizer
+            # With `min_tokens` stops are not looked for at first, which is vLLM's to know.
+            if not own.token_ids and not own.min_tokens:
+                state.detokenizer = TableDetokenizer(table, own.stop, own)
         if (
             state is not None
             and state.parent_req is None

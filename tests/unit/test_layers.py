@@ -14,11 +14,14 @@ PACKAGE = Path(synthia_vllm.__file__).parent
 # Lowest first. A room imports only rooms above it in this list.
 ROOMS = [
     "__init__", "errors", "prompt", "answer", "settings", "protocol", "metrics", "logs",
-    "tenants", "shared", "transcript", "engine", "leash", "forkserver", "vllm_engine", "fake",
-    "chat", "sse", "service", "endpoint", "app", "connection", "server", "workers",
-    "demo_training", "demo", "terminal", "keys", "cli",
+    "tenants", "shared", "transcript", "engine", "leash", "forkserver", "detokenizer",
+    "vllm_engine", "fake", "chat", "sse", "service", "endpoint", "app", "connection", "server",
+    "workers", "demo_training", "demo", "terminal", "keys", "cli",
 ]  # fmt: skip
-PURE = {"errors", "prompt", "answer", "tenants", "transcript", "engine", "fake", "chat"}
+PURE = {
+    "errors", "prompt", "answer", "tenants", "shared", "transcript", "engine", "detokenizer",
+    "fake", "chat",
+}  # fmt: skip
 WEB = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp", "openai"}
 
 
