@@ -46,6 +46,29 @@ class BulkHistogram(Histogram):
         self._sum.inc(sum(amounts))
 
 
+class LazyGauge(Gauge):
+    """A gauge that is mostly set to what it is; where several processes share it, see `share_in`,
+    the latest to set it would not be known.
+    """
+
+    _is: float | None = None
+
+    def set(self, value: float) -> None:
+        """Set it, if that changes anything."""
+        if value != self._is:
+            self._is = value
+            super().set(value)
+
+
+class LazyCounter(Counter):
+    """A counter that is mostly told of nothing new."""
+
+    def inc(self, amount: float = 1, exemplar: dict[str, str] | None = None) -> None:
+        """Count, if there is anything to count."""
+        if amount:
+            super().inc(amount, exemplar)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSeries:
     """The series of one model name, looked up once and not per token."""
@@ -68,6 +91,11 @@ def share_in(directory: str) -> None:
 def forget(pid: int) -> None:
     """The process is gone; what it counted stays, what it had in the making does not."""
     multiprocess.mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+def shared() -> bool:
+    """Whether several processes keep their series together."""
+    return _SHARED in os.environ
 
 
 class Metrics:
@@ -142,7 +170,7 @@ class Metrics:
     def exposition(self) -> bytes:
         """All series in Prometheus' text format; of all processes, where they share them."""
         registry = self.registry
-        if _SHARED in os.environ:
+        if shared():
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return generate_latest(registry)

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import logging
 import time
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
 from synthia_vllm.tenants import Tenants
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from synthia_vllm.shared import SharedTenants
 
 logger = logging.getLogger(__name__)
+
+# Objects made and not yet freed at which the garbage collector looks: not every few requests.
+_GARBAGE_AT: Final = 10_000
 
 Phase = Literal["starting", "serving", "draining", "dead"]
 
@@ -147,6 +150,7 @@ class Service:
 
     async def run(self, progress: Callable[[str], None], on_failure: Callable[[], None]) -> None:
         """Start the engine, then watch it until this task is cancelled."""
+        thresholds = gc.get_threshold()
         try:
             await self.engine.start(progress)
             self.tenants.set_batch(self.engine.traits.max_num_seqs)
@@ -154,6 +158,7 @@ class Service:
             # through them for garbage was a third of the CPU of streaming, in pauses of 0.3 s.
             gc.collect()
             gc.freeze()
+            gc.set_threshold(_GARBAGE_AT)
             self.phase = "serving"
             host, port = self.settings.host, self.settings.port
             progress(f"ready: {', '.join(self.settings.served)} at http://{host}:{port}/v1")
@@ -168,6 +173,7 @@ class Service:
             self.failure = error
             on_failure()
         finally:
+            gc.set_threshold(*thresholds)
             gc.unfreeze()  # the interpreter tidies up at exit what it can find
 
     def close(self) -> None:

@@ -454,11 +454,15 @@ def _plain_words() -> Iterator[None]:
 def _stat_logger() -> Any:
     """vLLM's own Prometheus series, fed with all tokens of a step at once.
 
-    vLLM internal: `PrometheusStatLogger`'s histograms and `record`.
+    vLLM sets some twenty of them with every step of the engine, nearly all to what they are.
+    vLLM internal: the classes of `PrometheusStatLogger`'s series, and its `record`.
     """
+    from prometheus_client import Gauge
     from vllm.v1.metrics.loggers import PrometheusStatLogger
 
     class BulkStatLogger(PrometheusStatLogger):  # type: ignore[misc]
+        _gauge_cls = Gauge if metrics.shared() else metrics.LazyGauge
+        _counter_cls = metrics.LazyCounter
         _histogram_cls = metrics.BulkHistogram
 
         def record(self, scheduler_stats: Any, iteration_stats: Any, **more: Any) -> None:
