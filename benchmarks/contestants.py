@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import psutil
 from direct import KINDS
 from edge import Client, Found, Load
-from harness import say
+from harness import own_group, say
 from targets import ENGINE, Running, start
 
 from synthia_vllm.prompt import Message, render, tidy
@@ -165,7 +165,7 @@ async def contestant(name: str, kv_cache_bytes: int) -> AsyncIterator[Contestant
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,
-            start_new_session=True,
+            preexec_fn=own_group,
         )
         assert process.stdin is not None
         assert process.stdout is not None

@@ -28,6 +28,10 @@ from synthia_vllm.tenants import new_key
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence
 
+own_group = os.setpgrp
+"""For `preexec_fn`: Ctrl-C does not reach the server. Not a session of its own: to each of those
+Linux may give a share of the processors (autogroups), and a client beside a busy engine then
+waited for seconds in its own `write`."""
 COMMAND = str(Path(sys.executable).with_name("synthia-vllm"))
 
 

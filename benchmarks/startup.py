@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Final
 
-from harness import COMMAND, free_port, machine, say, spread, table
+from harness import COMMAND, free_port, machine, own_group, say, spread, table
 from targets import heed_sigterm
 
 from synthia_vllm.demo import ensure_demo
@@ -97,7 +97,7 @@ async def start_once(model: str, options: list[str], environ: dict[str, str]) ->
         env=environ | {"VLLM_LOGGING_LEVEL": "DEBUG"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
+        preexec_fn=own_group,
         limit=2**20,
     )
     assert process.stdout is not None

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from harness import COMMAND, free_port, say
+from harness import COMMAND, free_port, own_group, say
 
 from synthia_vllm.demo import ensure_demo
 
@@ -85,7 +85,7 @@ def available() -> list[str]:
 def heed_sigterm() -> None:
     """From now on SIGTERM cancels the running task, as Ctrl-C does, so that servers are stopped.
 
-    They are in sessions of their own and would outlive a script that just ends.
+    They are in process groups of their own and would outlive a script that just ends.
     """
     task = asyncio.current_task()
     if task is not None:
@@ -106,7 +106,7 @@ async def start(name: str, *options: str) -> AsyncIterator[Running]:
             is_api = _is_rust if name == "vllm-rust" else _is_first
         with Path(place, "log").open("w") as log:
             process = await asyncio.create_subprocess_exec(
-                *command, *options, env=environ, stdout=log, stderr=log, start_new_session=True
+                *command, *options, env=environ, stdout=log, stderr=log, preexec_fn=own_group
             )
         url = f"http://127.0.0.1:{port}"
         family: list[psutil.Process] = []
