@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import from_json, to_json
 
-from synthia_vllm.errors import ApiError, RateLimited, Unauthorized, Unavailable
+from synthia_vllm.errors import ApiError, RateLimited, StartupError, Unauthorized, Unavailable
 from synthia_vllm.tenants import Tenants, User, Users
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ class SharedTenants(Users, _Line):
         Users.__init__(self, file)
         self.on_abort: Callable[[list[str]], Awaitable[None]] | None = None
         """Frees what another process has left in the engine, by its ids there."""
+        self.on_bad_keys: Callable[[], None] = lambda: None
+        """Counts a key file that could not be used; who keeps the accounts has logged it."""
         self._abort: asyncio.Future[None] | None = None
         self._numbers = itertools.count()
         self._asked: deque[tuple[str, asyncio.Future[Any]]] = deque()
@@ -191,7 +193,10 @@ class SharedTenants(Users, _Line):
             case ["refused", kind, text, more, headers]:
                 self._settle(headers, None, _REFUSALS[kind](text, more))
             case ["reload"]:
-                super().reload()
+                try:
+                    super().reload()
+                except StartupError:
+                    self.on_bad_keys()
             case ["abort", ids]:
                 if self.on_abort is not None:
                     self._abort = asyncio.ensure_future(self.on_abort(ids))

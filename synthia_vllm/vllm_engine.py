@@ -86,7 +86,8 @@ class Seat:
     seats: int
     addresses: Mapping[str, Any]
     """vLLM's, with the sockets that the engine cores connect to."""
-    core_pids: tuple[int, ...]
+    engine_pids: tuple[int, ...]
+    """When one of these ends, the engine is dead."""
 
     def let_go(self) -> None:
         """Close the sockets here: the process that was given them has its own."""
@@ -138,10 +139,10 @@ class VllmEngine:
             # A thread that lives as long as the process: the engine's processes are its children.
             await loop.run_in_executor(self._threads, self._start, progress)
         if self._seat is not None:
-            for pid in self._seat.core_pids:
+            for pid in self._seat.engine_pids:
                 ended = os.pidfd_open(pid)
                 self._watched.append(ended)
-                loop.add_reader(ended, self._core_ended)
+                loop.add_reader(ended, self._engine_ended)
 
     def _start(self, progress: Callable[[str], None]) -> None:
         if self._seat is None:
@@ -268,12 +269,13 @@ class VllmEngine:
         """
         from vllm.v1.engine import EngineCoreRequestType
 
-        self.check()
+        if self._llm is None or self._llm.errored:
+            return
         client = self._llm.engine_core
         for core in client.core_engines:
             await client._send_input(EngineCoreRequestType.ABORT, list(ids), core)
 
-    def _core_ended(self) -> None:
+    def _engine_ended(self) -> None:
         """Do what vLLM does when it sees the end of an engine core that is its child.
 
         vLLM internal: `AsyncMPClient.resources` and `shutdown`.
@@ -327,6 +329,7 @@ class EngineCores:
         self._run_directory: str | None = None
         self._launching: Any = None
         self._launch: Any = None
+        self._processes: tuple[Any, ...] = ()
         self._listeners: Any = None
         self._closed = False
 
@@ -352,8 +355,12 @@ class EngineCores:
             )
             self._launch = self._launching.__enter__()
             more: dict[str, Any] = {}
-            if self._launch.coordinator is not None:
-                more["stats_update_address"] = self._launch.coordinator.get_stats_publish_address()
+            processes = [*self._launch.engine_manager.processes]
+            coordinator = self._launch.coordinator  # of several engine cores
+            if coordinator is not None:
+                more["stats_update_address"] = coordinator.get_stats_publish_address()
+                processes.append(coordinator.proc)
+            self._processes = tuple(processes)
             return [
                 Seat(
                     number,
@@ -365,7 +372,7 @@ class EngineCores:
                         "output_listener": giving.socket,
                         **more,
                     },
-                    tuple(process.pid for process in self._launch.engine_manager.processes),
+                    tuple(process.pid for process in processes),
                 )
                 for number, (taking, giving) in enumerate(
                     zip(self._listeners.inputs, self._listeners.outputs, strict=True)
@@ -379,7 +386,7 @@ class EngineCores:
 
     def check(self) -> None:
         """Return if the processes run; raise `EngineDead` if not."""
-        if self._launch is None or self._launch.engine_manager.finished_procs():
+        if any(process.exitcode is not None for process in self._processes):
             raise EngineDead
 
     def close(self) -> None:

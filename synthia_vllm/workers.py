@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _SPARE_SEATS: Final = 4
-_TICK_SECONDS: Final = 0.1
+_TICK_SECONDS: Final = 0.25
 _LAST_WORDS_SECONDS: Final = 5.0  # for API processes to tell their clients that the engine died
 
 
@@ -107,8 +107,10 @@ class Supervisor:
             for _ in range(self._settings.api_workers):
                 await self._employ()
             started = loop.run_in_executor(self._thread, self._cores.wait)
+            started.add_done_callback(lambda future: future.exception())  # it has been seen
             await self._watch(started)
-            await started
+            if not started.done():  # for whom?
+                self._cores.kill()
         except StartupError:
             if self._phase != "stopping":  # which is why the engine did not start
                 raise
@@ -172,6 +174,8 @@ class Supervisor:
                 self._orphans = []
 
         def gone(runs: list[str]) -> None:
+            if self._phase != "stopping":
+                worker.process.kill()  # without its line it can serve nobody
             self._orphans += runs
             for other in self._workers:
                 if other is not worker and other.serves and self._orphans:
@@ -223,6 +227,8 @@ class Supervisor:
                 return
         except StartupError as error:
             logger.error("%s The users stay as they were.", error)
+            for worker in self._workers[:1]:  # which will count it
+                worker.desk.tell("reload")
         else:
             logger.info("The key file was read: %d users.", len(self.tenants.names))
             for worker in self._workers:
@@ -260,7 +266,9 @@ def work(job: _Job) -> None:
         on_runs=lambda ids: tenants.tell("runs", ids),
         on_ran=lambda ids: tenants.tell("ran", ids),
     )
+    own = metrics.Metrics(REGISTRY)
     tenants.on_abort = engine.abort
+    tenants.on_bad_keys = own.key_reload_failures.inc
     server: _WorkerServer | None = None
 
     def stop() -> None:
@@ -270,7 +278,7 @@ def work(job: _Job) -> None:
     app = create_app(
         engine,
         settings,
-        metrics.Metrics(REGISTRY),
+        own,
         tenants=tenants,
         progress=lambda _step: None,
         on_failure=stop,

@@ -184,6 +184,12 @@ async def test_news(tmp_path: Path) -> None:
         await until(lambda: one.names == ("bob",))
         await until(lambda: aborted == [["x", "y"]])
         await one.admit("bob")
+        bad: list[None] = []
+        one.on_bad_keys = lambda: bad.append(None)
+        file.write_text("users: [")
+        desk.tell("reload")
+        await until(lambda: bad)
+        await one.admit("bob")
 
 
 @in_loop
