@@ -38,7 +38,7 @@ from synthia_vllm.errors import (
 from synthia_vllm.settings import gpu_present
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
     from multiprocessing.process import BaseProcess
 
     from synthia_vllm.engine import Sampling, Sink, Work
@@ -306,9 +306,7 @@ class VllmEngine:
         self._tidy()
 
     def kill(self) -> None:
-        for child in multiprocessing.active_children():
-            if child not in self._others:
-                child.kill()  # its own children follow it
+        _kill(set(multiprocessing.active_children()) - self._others)
         self._tidy()
 
     def _tidy(self) -> None:
@@ -396,19 +394,28 @@ class EngineCores:
             self._launch.engine_manager.shutdown(_CLOSING_SECONDS)
             if self._launch.coordinator is not None:
                 self._launch.coordinator.shutdown()
-        self._tidy()
+        self.tidy()
 
     def kill(self) -> None:
-        """End the processes at once; also while they start."""
+        """End the processes at once; also while they start. `close` is still to be called."""
         self._closed = True
-        for child in multiprocessing.active_children():
-            child.kill()  # its own children follow it
-        self._tidy()
+        _kill(multiprocessing.active_children())
 
-    def _tidy(self) -> None:
+    def tidy(self) -> None:
+        """Leave nothing behind but, perhaps, processes that are about to end."""
         self._listeners = None
         if self._run_directory is not None:
             shutil.rmtree(self._run_directory, ignore_errors=True)
+
+
+def _kill(processes: Iterable[BaseProcess]) -> None:
+    """End `processes` and all below them, and wait until they are gone."""
+    for process in processes:
+        from vllm.utils.system_utils import kill_process_tree
+
+        if process.pid is not None:
+            kill_process_tree(process.pid)
+        process.join(_CLOSING_SECONDS)
 
 
 def api_process(target: Callable[[Any], None], job: object, name: str) -> BaseProcess:

@@ -243,6 +243,7 @@ class Supervisor:
             return
         self._cores.kill()  # the API processes with them
         if phase == "stopping":
+            self._cores.tidy()
             os._exit(1)
 
 
