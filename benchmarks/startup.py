@@ -56,7 +56,7 @@ STAGES: Final = {
 }
 READY: Final = "first 200 on /ready"
 ALL: Final = "all"
-OWN: Final = ("cli", "app", "server", "metrics", "settings", "vllm_engine")
+OWN: Final = ("cli", "app", "server", "metrics", "settings", "vllm_start", "vllm_engine")
 """The modules that `serve` imports before it imports vLLM."""
 IMPORT: Final = re.compile(r"import time:\s*(\d+) \|\s*\d+ \| +(\w+)")
 LIMIT_SECONDS: Final = 900

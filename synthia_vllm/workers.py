@@ -24,7 +24,8 @@ from synthia_vllm.errors import EngineDead, StartupError
 from synthia_vllm.server import Server, listen
 from synthia_vllm.shared import Desk, SharedTenants
 from synthia_vllm.tenants import Tenants
-from synthia_vllm.vllm_engine import EngineCores, Seat, VllmEngine, api_process
+from synthia_vllm.vllm_engine import VllmEngine
+from synthia_vllm.vllm_start import EngineCores, Seat, api_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable

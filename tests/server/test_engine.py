@@ -12,7 +12,8 @@ from serving import Running, wait_until
 
 from synthia_vllm.engine import Sampling, Work
 from synthia_vllm.errors import InvalidRequest, StartupError, Unavailable
-from synthia_vllm.vllm_engine import VllmEngine, check_model, check_options
+from synthia_vllm.vllm_engine import VllmEngine
+from synthia_vllm.vllm_start import check_model, check_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,8 +15,8 @@ PACKAGE = Path(synthia_vllm.__file__).parent
 ROOMS = [
     "__init__", "errors", "prompt", "answer", "settings", "protocol", "metrics", "logs",
     "tenants", "shared", "transcript", "engine", "leash", "forkserver", "detokenizer",
-    "vllm_engine", "fake", "chat", "sse", "service", "endpoint", "app", "connection", "server",
-    "workers", "demo_training", "demo", "terminal", "keys", "cli",
+    "vllm_start", "vllm_engine", "fake", "chat", "sse", "service", "endpoint", "app", "connection",
+    "server", "workers", "demo_training", "demo", "terminal", "keys", "cli",
 ]  # fmt: skip
 PURE = {
     "errors", "prompt", "answer", "tenants", "shared", "transcript", "engine", "detokenizer",
@@ -54,10 +54,10 @@ def test_imports_point_one_way() -> None:
 
 
 def test_one_room_knows_vllm() -> None:
-    """Only `vllm_engine` imports vLLM."""
+    """Only `vllm_start` and `vllm_engine` import vLLM."""
     for room in ROOMS:
         knows = any(name.split(".")[0] == "vllm" for name in imports(room))
-        assert knows == (room == "vllm_engine")
+        assert knows == (room in {"vllm_start", "vllm_engine"})
 
 
 def test_pure_rooms_know_no_web() -> None:
@@ -69,7 +69,7 @@ def test_pure_rooms_know_no_web() -> None:
 def test_light_to_import() -> None:
     """Neither the package nor the edge loads torch, vLLM or transformers."""
     code = (
-        "import sys; from synthia_vllm import app, cli, demo, vllm_engine;"
+        "import sys; from synthia_vllm import app, cli, demo, vllm_engine, workers;"
         "print([m for m in ('torch', 'vllm', 'transformers', 'openai') if m in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
