@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from abc import ABC, abstractmethod
 from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
@@ -41,7 +42,7 @@ _REFUSALS: Final[dict[str, Callable[[str, Any], ApiError]]] = {
 }
 
 
-class _Line(asyncio.Protocol):
+class _Line(asyncio.Protocol, ABC):
     """Sends and takes messages; what is sent in one round of the event loop goes out together."""
 
     def __init__(self) -> None:
@@ -60,9 +61,9 @@ class _Line(asyncio.Protocol):
         for line in lines:
             self.take(from_json(line))
 
+    @abstractmethod
     def take(self, message: list[Any]) -> None:
         """The other side sent `message`."""
-        raise NotImplementedError
 
     def tell(self, *message: object) -> None:
         """Send `message`; who is gone need not know."""

@@ -116,9 +116,9 @@ class VllmEngine:
         if self._closed:
             raise StartupError("The server was stopped while it started.")
         progress("starting the engine process, reading weights, allocating the KV cache")
+        loggers = [_stat_logger()]
         # Not kept in a variable here: something of torch's remembers this frame, and an engine
         # that is still referred to at exit complains when it is finalised.
-        loggers = [_stat_logger()]
         if self._seat is None:
             self._llm = AsyncLLM.from_engine_args(args, stat_loggers=loggers)
         else:
@@ -203,8 +203,7 @@ class VllmEngine:
             except Exception as error:
                 run.over = True
                 raise _meaning(error, work) from error
-            ids = llm.output_processor.external_req_ids.get(request_id)  # vLLM internal
-            ids = list(ids or ())
+            ids = list(llm.output_processor.external_req_ids.get(request_id, ()))  # vLLM internal
             self._on_runs(ids)
             run.take_over(llm, collector, self._table)
             try:
