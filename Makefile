@@ -4,6 +4,9 @@
 #   make serve ARGS="--port 8123"  ... with flags for `synthia-vllm serve`
 #   make test                      run the tests (and set up what they need)
 #   make check                     lint and type-check
+#   make check-config              check config/: needs kubectl, prometheus and promtool
+#   make check-image               build the Dockerfile's CPU image and try it: as root, on Debian
+#   make config                    write what in config/ is made from other files
 #   make bench                     a few minutes of load on the demo model, measured
 #   make bench ARGS="--url ..."    ... or on another server: flags for benchmarks/load.py
 #
@@ -12,7 +15,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-unit check format bench clean
+.PHONY: help serve test test-unit check check-config check-image config format bench clean
 
 BIN := .venv/bin
 ENGINE ?= $(shell for d in /dev/nvidiactl /dev/nvidia0 /dev/dxg; do [ -e $$d ] && echo gpu && exit; done; echo cpu)
@@ -43,6 +46,19 @@ check: .venv/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+check-config: .venv/.dev
+	@for tool in kubectl prometheus promtool; do command -v $$tool >/dev/null || { echo \
+		"$$tool is not on this machine, and config/ is checked with it. kubectl comes from" \
+		"Kubernetes (1.27 or later); on Debian the other two are in the package prometheus." >&2; \
+		exit 1; }; done
+	@$(BIN)/python -m pytest tests/config $(ARGS)
+
+check-image: .venv/.dev
+	@$(BIN)/python tests/image.py $(ARGS)
+
+config: .venv/.python
+	@$(BIN)/python config/kubernetes/generate.py
 
 format: .venv/.dev
 	@$(BIN)/ruff check --fix-only .

@@ -143,7 +143,8 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
                 service.engine.check()
         except EngineDead:
             status = "dead"
-        return JSONResponse({"status": status}, 200 if status in ("serving", "draining") else 503)
+        alive = status in ("serving", "leaving", "draining")
+        return JSONResponse({"status": status}, 200 if alive else 503)
 
     @app.get("/ready")
     async def ready() -> JSONResponse:

@@ -69,7 +69,13 @@ class Prepared:
 
 
 async def prepare(
-    request: ChatRequest, engine: Engine, settings: Settings, request_id: str, place: Place
+    request: ChatRequest,
+    engine: Engine,
+    settings: Settings,
+    request_id: str,
+    place: Place,
+    *,
+    trace_headers: Mapping[str, str] | None = None,
 ) -> Prepared:
     """All that is decided before the engine sees the request.
 
@@ -110,6 +116,7 @@ async def prepare(
             # With `min_tokens` the engine runs past the answer's end; seeing each step, we end it.
             deltas=bool(request.stream) or sampling.min_tokens > 0,
             priority=await place.claim(len(token_ids), sampling.max_tokens, sampling.n),
+            trace_headers=trace_headers,
         ),
         model=request.model,
         stream=bool(request.stream),

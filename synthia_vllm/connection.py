@@ -20,6 +20,7 @@ from synthia_vllm.sse import WRITE
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle, Transport
+    from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
@@ -64,11 +65,19 @@ class HeadersTooLarge(InvalidRequest):
         )
 
 
-def guarded(limits: ConnectionLimits) -> type[GuardedProtocol]:
-    """The protocol with these limits, for ``uvicorn.Config(http=...)``."""
+def guarded(
+    limits: ConnectionLimits, leaving: Callable[[], bool] = lambda: False
+) -> type[GuardedProtocol]:
+    """The protocol with these limits, for ``uvicorn.Config(http=...)``.
+
+    While `leaving` says so, each response closes its connection.
+    """
 
     class Guarded(GuardedProtocol):
         _limits = limits
+
+        def _leaving(self) -> bool:
+            return leaving()
 
     return Guarded
 
@@ -139,6 +148,8 @@ class GuardedProtocol(HttpToolsProtocol):
             raise RuntimeError("headers too large")  # stops the parser
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            if self._leaving():
+                self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         self._bare_bytes = 0
@@ -174,6 +185,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest(msg, code="invalid_http"))
+
+    def _leaving(self) -> bool:
+        """Whether clients had better open their next connection elsewhere."""
+        return False
 
     def _answering(self) -> bool:
         """A request has come in whole, and its response is not over."""

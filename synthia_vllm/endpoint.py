@@ -95,6 +95,8 @@ class _Exchange:
         self._write = write
         self._outbox = outbox
         self._arrived = time.perf_counter()
+        self._span = service.tracer.begin(headers, CHAT) if service.tracer else None
+        self._error: str | None = None
         self.id = _request_id(headers)
         self._user: str | None = None
         self._place: Place | None = None
@@ -148,7 +150,12 @@ class _Exchange:
         service = self._service
         request = parse_chat_request(body)
         self._prepared = prepared = await prepare(
-            request, service.engine, service.settings, self.id, place
+            request,
+            service.engine,
+            service.settings,
+            self.id,
+            place,
+            trace_headers=self._span.headers if self._span else None,
         )
         self._reply = reply = Reply(
             prepared, service.engine, began=place.began, keep_text=service.keeps_text
@@ -192,6 +199,7 @@ class _Exchange:
     async def refuse(self, error: ApiError) -> None:
         """Answer with `error`; as an event, if a stream has begun."""
         self._service.count_error(error, self._user)
+        self._error = error.code
         if self._started:
             await self._send({"type": "http.response.body", "body": error_event(error)})
             return
@@ -226,6 +234,24 @@ class _Exchange:
         if prepared is not None and reply is not None and not reply.open_choices:
             self._service.keep(self._user or "", prepared.question, reply.texts)
         self._log(took, prompt, answer)
+        if self._span is not None:
+            self._span.end(
+                self.status,
+                self._error,
+                {
+                    "gen_ai.request.model": model,
+                    "gen_ai.usage.input_tokens": prompt,
+                    "gen_ai.usage.output_tokens": answer,
+                    "gen_ai.response.finish_reasons": tuple(ends),
+                    "synthia.request_id": self.id,
+                    "synthia.user": self._user,
+                    "synthia.stream": prepared.stream if prepared else None,
+                    "synthia.cached_tokens": reply.cached_tokens if reply else 0,
+                    "synthia.time_to_first_token": reply.began_at - self._arrived
+                    if reply and reply.began_at
+                    else None,
+                },
+            )
 
     def _log(self, took: float, prompt: int, answer: int) -> None:
         if not logger.isEnabledFor(logging.INFO):

@@ -55,6 +55,8 @@ class Work:
     """Whether each step is delivered as it is made, or only the whole at the end."""
     priority: int = 0
     """Of those that wait, the smallest goes first; among equals, the one that came first."""
+    trace_headers: Mapping[str, str] | None = None
+    """W3C trace context that the engine's own spans are put below."""
 
 
 class TokenLogprob(Protocol):

@@ -119,6 +119,12 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.engine_places = Gauge(
+            "synthia_engine_places",
+            "Answers the engine makes at the same time; more wait",
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         self.finished = counter(
             "finished", "Answers (choices) by the reason they ended", "model", "reason"
         )

@@ -38,14 +38,17 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn that drains: a first SIGTERM or Ctrl-C lets running answers finish.
+    """Uvicorn that leaves and drains: a first SIGTERM or Ctrl-C lets running answers finish.
 
-    While draining, the port stays open so that `/ready` and new requests are answered with 503
-    instead of a refused connection. When the time to finish is over, what still runs ends with
-    an error. A second signal stops at once: `hurried` is then true, and nothing was closed.
+    While leaving, new requests are served, and each answer closes its connection; `/ready` says
+    503, so that load balancers send no more. While draining, the port stays open so that `/ready`
+    and new requests are answered with 503 instead of a refused connection. When the time to finish
+    is over, what still runs ends with an error. A second signal stops at once: `hurried` is then
+    true, and nothing was closed.
     """
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
+        service: Service = app.state.service
         limits = settings.limits
         guard = guarded(
             ConnectionLimits(
@@ -53,7 +56,8 @@ class Server(uvicorn.Server):
                 max_connections=limits.max_connections,
                 receive_seconds=limits.receive_seconds,
                 stalled_seconds=limits.stalled_seconds,
-            )
+            ),
+            lambda: service.phase == "leaving",
         )
         super().__init__(
             uvicorn.Config(
@@ -69,9 +73,10 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             )
         )
-        self._service: Service = app.state.service
+        self._service = service
+        self._delay = settings.shutdown_delay_seconds
         self._grace = settings.shutdown_grace_seconds
-        self._deadline: float | None = None
+        self._deadline: float | None = None  # of the phase, once told to stop
         self.hurried = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -81,14 +86,18 @@ class Server(uvicorn.Server):
             self._deadline = time.monotonic()
             self.should_exit = True
         else:
-            self._service.phase = "draining"
-            self._deadline = time.monotonic() + self._grace
+            self._service.phase = "leaving" if self._delay else "draining"
+            self._deadline = time.monotonic() + (self._delay or self._grace)
 
     async def on_tick(self, counter: int) -> bool:
-        if self._service.phase == "draining" and self._deadline is not None:
+        if self._deadline is not None:
             over = time.monotonic() > self._deadline
-            if over:
-                self._service.end_all()
-            if self._service.in_flight == 0 or over:
-                self.should_exit = True
+            if self._service.phase == "leaving" and over:
+                self._service.phase = "draining"
+                self._deadline += self._grace
+            elif self._service.phase == "draining":
+                if over:
+                    self._service.end_all()
+                if self._service.in_flight == 0 or over:
+                    self.should_exit = True
         return await super().on_tick(counter)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
 from synthia_vllm.tenants import Tenants
+from synthia_vllm.tracing import Tracer
 from synthia_vllm.transcript import Transcripts
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ logger = logging.getLogger(__name__)
 # Objects made and not yet freed at which the garbage collector looks: not every few requests.
 _GARBAGE_AT: Final = 10_000
 
-Phase = Literal["starting", "serving", "draining", "dead"]
+Phase = Literal["starting", "serving", "leaving", "draining", "dead"]
+"""Leaving, the server takes requests, but asks for no more; draining, it takes none."""
 
 
 class Endable(Protocol):
@@ -54,6 +56,7 @@ class Service:
         self.phase: Phase = "starting"
         self.failure: StartupError | EngineDead | None = None
         self.created = int(time.time())
+        self.tracer = Tracer() if settings.traces else None
         self.tenants = tenants or Tenants(
             settings.keys_file,
             max_requests=settings.limits.max_requests,
@@ -106,7 +109,7 @@ class Service:
 
     def require_serving(self) -> None:
         """Raise if requests cannot be taken now."""
-        if self.phase == "serving":
+        if self.phase in ("serving", "leaving"):
             return
         if self.phase == "dead":
             raise EngineDead
@@ -154,6 +157,7 @@ class Service:
         try:
             await self.engine.start(progress)
             self.tenants.set_batch(self.engine.traits.max_num_seqs)
+            self.metrics.engine_places.set(self.engine.traits.max_num_seqs)
             # What is there now stays: torch and vLLM alone are a million objects, and looking
             # through them for garbage was a third of the CPU of streaming, in pauses of 0.3 s.
             gc.collect()
@@ -167,7 +171,7 @@ class Service:
                 self._look_at_keys()
                 await asyncio.sleep(0.25)
         except (StartupError, EngineDead) as error:
-            if self.phase == "draining":  # Ctrl-C reaches the engine's processes too
+            if self.phase in ("leaving", "draining"):  # Ctrl-C reaches the engine's processes too
                 return
             self.phase = "dead"
             self.failure = error

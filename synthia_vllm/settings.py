@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -80,11 +80,17 @@ class Settings(_Section):
     limits: Limits = Limits()
     sse_keepalive_seconds: float = Field(0.0, ge=0)
     transcripts: Transcript = Transcript()
-    shutdown_grace_seconds: Annotated[float, Field(ge=0)] = 30.0
+    shutdown_delay_seconds: float = Field(0.0, ge=0)
+    shutdown_grace_seconds: float = Field(30.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["human", "json"] = "human"
     log_content: bool = False
     engine: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def traces(self) -> bool:
+        """Whether requests are traced: where to is an option of the engine's."""
+        return bool(self.engine.get("otlp_traces_endpoint"))
 
     @property
     def resolved_model(self) -> str:

@@ -15,9 +15,11 @@ import logging
 import multiprocessing
 import os
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from synthia_vllm import metrics
@@ -139,6 +141,8 @@ class VllmEngine:
         scheduler = llm.vllm_config.scheduler_config
         self._takes_priority = scheduler.policy == "priority"
         tokenizer = llm.get_tokenizer()
+        if llm.output_processor.tracing_enabled:
+            _trace_phases(llm.output_processor)
         # Asked for with each request, and found anew by transformers, in 20 µs. vLLM internal.
         end_of_text = llm.renderer.get_eos_token_id()
         llm.renderer.get_eos_token_id = lambda: end_of_text
@@ -199,6 +203,7 @@ class VllmEngine:
                     make(prompt_token_ids=work.prompt_token_ids),
                     _sampling_params(work),
                     priority=work.priority if self._takes_priority else 0,
+                    trace_headers=work.trace_headers,
                 )
             except Exception as error:
                 run.over = True
@@ -293,6 +298,31 @@ def _stat_logger() -> Any:
             super().record(scheduler_stats, iteration_stats, **more)
 
     return BulkStatLogger
+
+
+def _trace_phases(processor: Any) -> None:
+    """Make spans of a request's phases, whose lengths vLLM puts into attributes of its one span.
+
+    vLLM internal: `OutputProcessor.do_tracing`, and the times in `RequestState.stats`, which are
+    the engine core's monotonic clock: the system's, so they can be told in this process.
+    """
+    from opentelemetry import trace
+    from vllm.tracing import extract_trace_context
+
+    own = processor.do_tracing
+    tracer = trace.get_tracer("synthia_vllm.engine")
+
+    def do_tracing(output: Any, state: Any, iteration: Any) -> None:
+        own(output, state, iteration)
+        context = extract_trace_context(output.trace_headers)
+        at = state.stats
+        began = time.time_ns() - time.monotonic_ns()
+        marks = (at.queued_ts, at.scheduled_ts, at.first_token_ts, at.last_token_ts)
+        times = [began + int(1e9 * mark) for mark in marks]
+        for name, (start, end) in zip(("queue", "prefill", "decode"), pairwise(times), strict=True):
+            tracer.start_span(name, context, start_time=start).end(end)
+
+    processor.do_tracing = do_tracing
 
 
 def _encoders(tokenizer: Any) -> dict[bool, Any]:

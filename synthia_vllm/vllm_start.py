@@ -243,7 +243,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Imports vLLM, which takes seconds.
     """
     _prepare_environment(options)
-    engine_args("placeholder", options)
+    engine_args(os.curdir, options)  # offline, vLLM looks for a name on the disk
 
 
 def check_model(model: str, progress: Callable[[str], None]) -> None:
@@ -304,6 +304,13 @@ def _prepare_environment(options: Mapping[str, Any]) -> None:
             # Eager is not eager yet: without this the first request with logprobs waits 20 s
             # for the C++ compiler.
             defaults["TORCH_COMPILE_DISABLE"] = "1"
+    endpoint = options.get("otlp_traces_endpoint")
+    if endpoint:
+        # Set by vLLM, too, but after its processes have begun to take their environment.
+        defaults |= {
+            "OTEL_SERVICE_NAME": "synthia-vllm",
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": str(endpoint),
+        }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])

@@ -37,10 +37,11 @@ def status(url: str) -> int:
 def children(pid: int) -> list[tuple[int, str]]:
     """All processes below `pid`: (pid, command line)."""
     found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in map(int, (task / "children").read_text().split()):
-            found.append((child, Path(f"/proc/{child}/cmdline").read_text()))
-            found += children(child)
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        with suppress(OSError):  # a thread or a process that ended meanwhile
+            for child in map(int, (task / "children").read_text().split()):
+                found.append((child, Path(f"/proc/{child}/cmdline").read_text()))
+                found += children(child)
     return found
 
 

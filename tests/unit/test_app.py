@@ -798,6 +798,24 @@ def test_client_that_leaves_before_the_first_token(stream: bool) -> None:
         assert len(server.engine.aborted) == 1  # type: ignore[attr-defined]
 
 
+def test_leaving() -> None:
+    """SIGTERM with a delay: not ready, yet answering, each answer closing its connection."""
+    with (
+        running(FakeEngine(PIECES), shutdown_delay_seconds=1) as server,
+        httpx.Client() as client,
+    ):
+        url = f"{server.url}/v1/chat/completions"
+        assert "connection" not in client.post(url, json=BODY).headers
+        server.server.handle_exit(signal.SIGTERM, None)
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert httpx.get(f"{server.url}/health").status_code == 200
+        for stream in (False, True):
+            answer = client.post(url, json=BODY | {"stream": stream})
+            assert answer.status_code == 200
+            assert answer.headers["connection"] == "close"
+        wait_until(lambda: server.app.state.service.phase == "draining")
+
+
 def test_the_end_of_the_grace_time_is_told() -> None:
     """SIGTERM: what is not finished in time gets an error event or a 503, not a broken pipe."""
     engine = FakeEngine((" a",) * 1000, delay=0.02)

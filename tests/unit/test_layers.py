@@ -13,7 +13,7 @@ PACKAGE = Path(synthia_vllm.__file__).parent
 
 # Lowest first. A room imports only rooms above it in this list.
 ROOMS = [
-    "__init__", "errors", "prompt", "answer", "settings", "protocol", "metrics", "logs",
+    "__init__", "errors", "prompt", "answer", "settings", "protocol", "metrics", "tracing", "logs",
     "tenants", "shared", "transcript", "engine", "leash", "forkserver", "detokenizer",
     "vllm_start", "vllm_engine", "fake", "chat", "sse", "service", "endpoint", "app", "connection",
     "server", "workers", "demo_training", "demo", "terminal", "keys", "cli",

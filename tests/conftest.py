@@ -1,4 +1,4 @@
-"""One real engine with the demo model for all tests of this folder."""
+"""One real engine with the demo model for all tests that want it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,75 @@
+"""A real server under load, and a real Prometheus that scrapes it."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+from monitored import FLAGS, USERS, Prometheus, offer, prometheus
+from processes import COMMAND, command
+
+if TYPE_CHECKING:
+    from collections import Counter
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """What Prometheus has of a server that had all kinds of requests for some 25 seconds."""
+
+    source: Prometheus
+    text: str
+    """What `/metrics` said at the end."""
+    names: set[str]
+    """Of all series, those of the recording rules too."""
+    statuses: Counter[int]
+    """The answers that the load had, by HTTP status."""
+    begin: float
+    end: float
+    """When the load began and ended, in seconds since 1970."""
+
+    @property
+    def url(self) -> str:
+        """Of Prometheus."""
+        return self.source.url
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The results at the end of the load, whenever that was."""
+        return self.source.query(expression, self.end)
+
+
+@pytest.fixture(scope="session")
+def scrape(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scrape]:
+    """Server and Prometheus run on while the tests do."""
+    place = tmp_path_factory.mktemp("scrape")
+    keys = {name: _new_key(name, limits, place / "keys.yaml") for name, limits in USERS.items()}
+    flags = [*FLAGS, "--set", f"keys_file={place / 'keys.yaml'}"]
+    flags += ["--set", f"transcripts.directory={place / 'transcripts'}"]
+    with command(demo, place / "log", *flags) as (process, url):
+        with prometheus(url, place) as source:
+            begin = time.time()
+            statuses = asyncio.run(offer(url, keys, 25))
+            end = time.time()
+            text = httpx.get(f"{url}/metrics").text
+            yield Scrape(source, text, source.names, statuses, begin, end)
+        process.terminate()
+        assert process.wait(60) == 0, (place / "log").read_text()
+
+
+def _new_key(name: str, limits: dict[str, Any], file: Path) -> str:
+    """A new user's key, made as an operator makes it."""
+    flags = ["--file", str(file)]
+    for limit, value in limits.items():
+        values = value if isinstance(value, list) else [value]
+        flags += [f"--{limit.replace('_', '-')}", *map(str, values)]
+    made = subprocess.run(
+        [COMMAND, "keys", "new", name, *flags], capture_output=True, text=True, check=True
+    )
+    [key] = [word for word in made.stdout.split() if word.startswith("sk-")]
+    return key
