@@ -1,7 +1,7 @@
 """The HTTP edge: routes, errors, and the life of the engine behind them.
 
-`create_app` ties an engine, settings and metrics to a FastAPI application. The chat route is a
-raw ASGI endpoint (`endpoint.py`); the others are ordinary FastAPI routes.
+`create_app` ties an engine, settings and metrics to a FastAPI application. The routes for text are
+raw ASGI endpoints (`exchange.py`); the others are ordinary FastAPI routes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -19,7 +19,7 @@ from starlette.requests import Request  # noqa: TC002  # FastAPI reads the route
 from starlette.routing import Route
 
 from synthia_vllm import __version__
-from synthia_vllm.endpoint import CHAT, ChatEndpoint, error_headers
+from synthia_vllm.endpoint import CHAT, COMPLETIONS, ROUTES
 from synthia_vllm.errors import (
     ApiError,
     EngineDead,
@@ -28,12 +28,25 @@ from synthia_vllm.errors import (
     Unavailable,
     UnknownModel,
 )
+from synthia_vllm.exchange import Endpoint, error_headers
+from synthia_vllm.page import add_page
 from synthia_vllm.protocol import ChatCompletion, ChatRequest, ModelCard, ModelList
+from synthia_vllm.raw_protocol import (
+    Completion,
+    CompletionRequest,
+    DetokenizeRequest,
+    RenderedPrompt,
+    Text,
+    TokenizeRequest,
+    Tokens,
+)
 from synthia_vllm.service import Service
+from synthia_vllm.workbench import add_workbench
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from pydantic import BaseModel
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from synthia_vllm.engine import Engine
@@ -75,30 +88,36 @@ def create_app(
     app = _App(
         title="synthia-vllm",
         version=__version__,
-        description="Synthia-7B-v3.0 behind an OpenAI-compatible chat API.",
+        description="Synthia-7B-v3.0 behind an OpenAI-compatible API.",
         lifespan=lifespan,
         redoc_url=None,
     )
     app.state.service = service
-    app.chat = ChatEndpoint(service)
-    app.router.routes.append(Route(CHAT, app.chat, methods=["POST"]))
+    app.endpoints = {route.path: Endpoint(service, route) for route in ROUTES}
+    for path, endpoint in app.endpoints.items():
+        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
     _add_plain_routes(app, service)
+    add_workbench(app, service)
+    if settings.page:
+        add_page(app)
     _add_error_answers(app)
-    _describe_chat(app)
+    _describe_bodies(app)
     app.add_middleware(_Gate, service=service)
     return app
 
 
 class _App(FastAPI):
-    """FastAPI, but for the route that carries every token: its requests pass nothing else."""
+    """FastAPI, but for the routes that carry every token: their requests pass nothing else."""
 
-    chat: ChatEndpoint
+    endpoints: dict[str, Endpoint]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == CHAT and scope["method"] == "POST":
-            await self.chat(scope, receive, send)
-        else:
-            await super().__call__(scope, receive, send)
+        if scope["type"] == "http" and scope["method"] == "POST":
+            endpoint = self.endpoints.get(scope["path"])
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
 
 
 def _add_plain_routes(app: FastAPI, service: Service) -> None:
@@ -187,12 +206,12 @@ def _add_error_answers(app: FastAPI) -> None:
 
 
 class _Gate:
-    """Asks for a key, and counts; the chat route does both itself."""
+    """Asks for a key, and counts; the routes for text do both themselves."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._open = {"/health", "/ready"}
+        self._open = {"/health", "/ready", "/"}
         if service.settings.metrics == "open":
             self._open.add("/metrics")
 
@@ -223,8 +242,26 @@ class _Gate:
             self._service.metrics.requests.labels(route, "", str(status)).inc()
 
 
-def _describe_chat(app: FastAPI) -> None:
-    """Put the chat route, which FastAPI does not know, into the OpenAPI document."""
+_BODIES: Final[dict[str, tuple[type[BaseModel], type[BaseModel], str]]] = {
+    CHAT.path: (
+        ChatRequest,
+        ChatCompletion,
+        "Answer a conversation, at once or as a stream of server-sent events",
+    ),
+    COMPLETIONS.path: (
+        CompletionRequest,
+        Completion,
+        "Write on from a raw prompt, at once or as a stream of server-sent events",
+    ),
+    "/v1/chat/completions/render": (ChatRequest, RenderedPrompt, ""),
+    "/tokenize": (TokenizeRequest, Tokens, ""),
+    "/detokenize": (DetokenizeRequest, Text, ""),
+}
+"""By path: what is sent, what comes back, and what for where FastAPI does not know the route."""
+
+
+def _describe_bodies(app: FastAPI) -> None:
+    """Put what FastAPI does not know, routes that read bodies themselves, into its document."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -234,33 +271,28 @@ def _describe_chat(app: FastAPI) -> None:
             return document
         place = "#/components/schemas/{model}"
         schemas = document.setdefault("components", {}).setdefault("schemas", {})
-        for model in (ChatRequest, ChatCompletion):
-            mode: Literal["validation", "serialization"] = (
-                "validation" if model is ChatRequest else "serialization"
-            )
+
+        def reference(model: type[BaseModel], mode: Literal["validation", "serialization"]) -> Any:
             schema = model.model_json_schema(ref_template=place, mode=mode)
-            schemas |= schema.pop("$defs", {}) | {model.__name__: schema}
-        answer = {"schema": {"$ref": place.format(model="ChatCompletion")}}
-        document["paths"][CHAT] = {
-            "post": {
-                "summary": "Answer a conversation, at once or as a stream of server-sent events",
-                "operationId": "chat_completions",
-                "requestBody": {
-                    "required": True,
-                    "content": {
-                        "application/json": {"schema": {"$ref": place.format(model="ChatRequest")}}
-                    },
-                },
-                "responses": {
-                    "200": {
-                        "description": "The answer",
-                        "content": {"application/json": answer, "text/event-stream": {}},
-                    },
-                    "4XX": {"description": "OpenAI's error envelope: what to change"},
-                    "5XX": {"description": "OpenAI's error envelope: the server cannot now"},
-                },
+            schemas.update(schema.pop("$defs", {}) | {model.__name__: schema})
+            return {"schema": {"$ref": place.format(model=model.__name__)}}
+
+        for path, (asked, answered, summary) in _BODIES.items():
+            route = document["paths"].setdefault(path, {}).setdefault("post", {})
+            content = {"application/json": reference(answered, "serialization")}
+            if summary:
+                route["summary"] = summary
+                route["operationId"] = path.removeprefix("/v1/").replace("/", "_")
+                content["text/event-stream"] = {}
+            route["requestBody"] = {
+                "required": True,
+                "content": {"application/json": reference(asked, "validation")},
             }
-        }
+            route["responses"] = {
+                "200": {"description": "The answer", "content": content},
+                "4XX": {"description": "OpenAI's error envelope: what to change"},
+                "5XX": {"description": "OpenAI's error envelope: the server cannot now"},
+            }
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend it

@@ -1,27 +1,20 @@
 """One chat request, from what the client asked to what it gets.
 
-    prepare: messages -> prompt -> tokens -> budget -> work for the engine
-    Reply:   what the engine says -> the answer, choice by choice
-
-Both the streamed and the plain answer go through `Reply`, so they cannot differ.
+compose: messages -> prompt -> tokens -> budget
+prepare: all of that, claimed -> work for the engine
+_Answer: what the engine says -> the answer, by the card's rule
 """
 
 from __future__ import annotations
 
 import codecs
-import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm.answer import AnswerFilter
-from synthia_vllm.engine import Sampling, Work
-from synthia_vllm.errors import (
-    ContextOverflow,
-    EngineFault,
-    Forbidden,
-    InvalidRequest,
-    UnknownModel,
-)
+from synthia_vllm.engine import Work
+from synthia_vllm.errors import ContextOverflow, EngineFault, InvalidRequest
+from synthia_vllm.generation import answer_limit, preset_of, sampling_of
 from synthia_vllm.prompt import (
     TURN_STOP,
     Markers,
@@ -31,18 +24,19 @@ from synthia_vllm.prompt import (
     render,
     tidy,
 )
-from synthia_vllm.protocol import PromptTokensDetails, Usage
+from synthia_vllm.reply import Piece, Prepared
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from synthia_vllm.engine import Engine, Output, TokenLogprob
+    from synthia_vllm.engine import Engine, Output, Sampling, TokenLogprob
     from synthia_vllm.protocol import ChatRequest
+    from synthia_vllm.reply import Choice
     from synthia_vllm.settings import Settings
-    from synthia_vllm.tenants import Place
+    from synthia_vllm.tenants import Place, User
 
 # JSON has no infinity; OpenAI writes this for a token that cannot be.
-_LEAST_LOGPROB: Final = -9999.0
+LEAST_LOGPROB: Final = -9999.0
 
 # vLLM's grammar compiler (xgrammar 0.2) took 1.1 s for 1,000 properties of one object, over 20 s
 # for 5,000, and 2.3 s for 10,000 enum values; repeats, ranges and patterns made it no slower.
@@ -51,46 +45,22 @@ _MAX_SCHEMA_TEXT: Final = 120_000
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request that is valid, tokenised, and fits the context."""
+class Composed:
+    """What the model will be asked."""
 
-    work: Work
-    model: str
-    """The served name the client asked for."""
-    stream: bool
-    include_usage: bool
-    top_logprobs: int
+    text: str
+    """The prompt, after the beginning-of-text token that the tokenizer puts in front."""
+    token_ids: list[int]
+    sampling: Sampling
     continued: bool
     """The client sent the beginning of the answer."""
     escaped_markers: int
     dropped_messages: int
-    question: str
-    """What the user said last, as it was sent."""
 
 
-async def prepare(
-    request: ChatRequest,
-    engine: Engine,
-    settings: Settings,
-    request_id: str,
-    place: Place,
-    *,
-    trace_headers: Mapping[str, str] | None = None,
-) -> Prepared:
-    """All that is decided before the engine sees the request.
-
-    Raises `InvalidRequest`, and whatever `Place.claim` raises.
-    """
-    served = settings.served
-    if request.model not in served:
-        raise UnknownModel(request.model, tuple(served))
-    if place.user.models is not None and request.model not in place.user.models:
-        raise Forbidden(
-            f"You may not use {request.model}. Yours: {', '.join(sorted(place.user.models))}.",
-            param="model",
-            code="model_not_allowed",
-        )
-    preset = served[request.model]
+async def compose(request: ChatRequest, engine: Engine, settings: Settings, user: User) -> Composed:
+    """All that is decided of a request by what it says. Raises `InvalidRequest`."""
+    preset = preset_of(request.model, settings, user)
     messages, escaped = tidy(
         [Message("system" if m.role == "developer" else m.role, m.text) for m in request.messages],
         settings.markers,
@@ -104,35 +74,77 @@ async def prepare(
             param="continue_final_message",
             code="invalid_value",
         )
-    asked = _max_tokens(request, settings, place.user.max_tokens)
-    token_ids, dropped = await _fit(messages, asked, engine, settings)
-    room = engine.traits.max_model_len - len(token_ids)
-    sampling = _sampling(request, settings, engine, min(asked, room))
-    return Prepared(
-        work=Work(
-            request_id=request_id,
-            prompt_token_ids=token_ids,
-            sampling=sampling,
-            # With `min_tokens` the engine runs past the answer's end; seeing each step, we end it.
-            deltas=bool(request.stream) or sampling.min_tokens > 0,
-            priority=await place.claim(len(token_ids), sampling.max_tokens, sampling.n),
-            trace_headers=trace_headers,
+    if request.top_logprobs and not request.logprobs:
+        raise InvalidRequest(
+            "`top_logprobs` needs `logprobs: true`.", param="top_logprobs", code="invalid_value"
+        )
+    asked = answer_limit(_asked_tokens(request), settings.sampling.max_tokens, user)
+    text, token_ids, dropped = await _fit(messages, asked, engine, settings)
+    return Composed(
+        text,
+        token_ids,
+        sampling_of(
+            request,
+            settings,
+            engine,
+            max_tokens=min(asked, engine.traits.max_model_len - len(token_ids)),
+            stop=(TURN_STOP, *request.own_stops),
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            json_schema=_json_schema(request),
         ),
-        model=request.model,
-        stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
-        top_logprobs=request.top_logprobs or 0,
         continued=continued and bool(messages[-1].content),
         escaped_markers=escaped,
         dropped_messages=dropped,
-        question=next((m.text for m in reversed(request.messages) if m.role == "user"), ""),
     )
+
+
+async def prepare(
+    request: ChatRequest,
+    engine: Engine,
+    settings: Settings,
+    request_id: str,
+    place: Place,
+    *,
+    trace_headers: Mapping[str, str] | None = None,
+) -> tuple[Prepared, list[Choice]]:
+    """All that is decided before the engine sees the request, and the rule for its answers.
+
+    Raises `InvalidRequest`, and whatever `Place.claim` raises.
+    """
+    composed = await compose(request, engine, settings, place.user)
+    sampling = composed.sampling
+    work = Work(
+        request_id=request_id,
+        prompt_token_ids=composed.token_ids,
+        sampling=sampling,
+        # With `min_tokens` the engine runs past the answer's end; seeing each step, we end it.
+        deltas=bool(request.stream) or sampling.min_tokens > 0,
+        priority=await place.claim(len(composed.token_ids), sampling.max_tokens, sampling.n),
+        trace_headers=trace_headers,
+    )
+    prepared = Prepared(
+        works=(work,),
+        model=request.model,
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        question=next((m.text for m in reversed(request.messages) if m.role == "user"), ""),
+        escaped_markers=composed.escaped_markers,
+        dropped_messages=composed.dropped_messages,
+    )
+    choices: list[Choice] = [
+        _Answer(
+            AnswerFilter(request.own_stops, continued=composed.continued),
+            _Places(engine, sampling.logprobs) if sampling.logprobs is not None else None,
+        )
+        for _ in range(sampling.n)
+    ]
+    return prepared, choices
 
 
 async def _fit(
     messages: Sequence[Message], max_tokens: int, engine: Engine, settings: Settings
-) -> tuple[list[int], int]:
-    """The prompt's tokens, with as few of the oldest exchanges dropped as it takes to fit.
+) -> tuple[str, list[int], int]:
+    """The prompt and its tokens, with as few of the oldest exchanges dropped as it takes to fit.
 
     Also returns the number of messages dropped. An answer needs one token; where exchanges may
     be dropped it gets room for `answer_reserve`, so that a long conversation is not answered in
@@ -143,39 +155,38 @@ async def _fit(
     longest = (context + 1) * engine.traits.longest_token
     counted_all = True
 
-    async def tokens_from(start: int) -> list[int]:
+    async def prompt_from(start: int) -> tuple[str, list[int]]:
         nonlocal counted_all
         text = render(drop_exchanges(messages, start)[0], settings.format)
         counted_all = len(text) <= longest
-        return await engine.tokenize(
+        return text, await engine.tokenize(
             text[:longest], special_tokens=settings.markers is Markers.ALLOW
         )
 
-    token_ids = await tokens_from(0)
+    text, token_ids = await prompt_from(0)
     may_drop = settings.overflow == "drop-oldest"
     reserve = min(max_tokens, settings.answer_reserve) if may_drop else 1
     if len(token_ids) + reserve <= context:
-        return token_ids, 0
+        return text, token_ids, 0
     starts = exchange_starts(messages) if may_drop else []
     # The fewest exchanges to drop: longer prompts do not fit, shorter ones do.
     low, high = 1, len(starts)
-    fitting: list[int] | None = None
+    fitting: tuple[str, list[int]] | None = None
     while low < high:
         middle = (low + high) // 2
-        shorter = await tokens_from(starts[middle])
-        if len(shorter) + reserve <= context:
+        shorter = await prompt_from(starts[middle])
+        if len(shorter[1]) + reserve <= context:
             fitting, high = shorter, middle
         else:
             low = middle + 1
     if fitting is not None:
-        return fitting, drop_exchanges(messages, starts[high])[1]
+        return *fitting, drop_exchanges(messages, starts[high])[1]
     if len(starts) > 1:
-        shortest = await tokens_from(starts[-1])
-        if len(shortest) < context:  # less room than we would like beats no answer
-            return shortest, drop_exchanges(messages, starts[-1])[1]
-        token_ids = shortest
+        text, token_ids = await prompt_from(starts[-1])
+        if len(token_ids) < context:  # less room than we would like beats no answer
+            return text, token_ids, drop_exchanges(messages, starts[-1])[1]
     elif len(token_ids) < context:
-        return token_ids, 0
+        return text, token_ids, 0
     raise ContextOverflow(
         f"This model's context holds {context} tokens, prompt and answer together. Your messages "
         f"are {'' if counted_all else 'at least '}{len(token_ids)} tokens"
@@ -184,7 +195,7 @@ async def _fit(
     )
 
 
-def _max_tokens(request: ChatRequest, settings: Settings, ceiling: int | None) -> int:
+def _asked_tokens(request: ChatRequest) -> int | None:
     old, new = request.max_tokens, request.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise InvalidRequest(
@@ -192,89 +203,7 @@ def _max_tokens(request: ChatRequest, settings: Settings, ceiling: int | None) -
             param="max_tokens",
             code="invalid_value",
         )
-    asked = new or old
-    if ceiling is None:
-        return asked or settings.sampling.max_tokens
-    if asked is not None and asked > ceiling:
-        raise InvalidRequest(
-            f"`max_tokens` is {asked}; you may have at most {ceiling} tokens in an answer.",
-            param="max_tokens",
-            code="invalid_value",
-        )
-    return asked or min(settings.sampling.max_tokens, ceiling)
-
-
-def _sampling(
-    request: ChatRequest, settings: Settings, engine: Engine, max_tokens: int
-) -> Sampling:
-    """The engine's parameters: what the request says, else the server's defaults."""
-    defaults = settings.sampling
-
-    def or_default(value: Any, default: Any) -> Any:
-        return default if value is None else value
-
-    n = request.n or 1
-    temperature = or_default(request.temperature, defaults.temperature)
-    if n > settings.limits.max_n:
-        raise InvalidRequest(
-            f"`n` is {n}; this server gives at most {settings.limits.max_n} answers at once.",
-            param="n",
-            code="invalid_value",
-        )
-    if n > 1 and temperature == 0:
-        raise InvalidRequest(
-            "`n` must be 1 at temperature 0: all answers would be the same.",
-            param="n",
-            code="invalid_value",
-        )
-    if request.top_logprobs and not request.logprobs:
-        raise InvalidRequest(
-            "`top_logprobs` needs `logprobs: true`.", param="top_logprobs", code="invalid_value"
-        )
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest(
-            "`stream_options` needs `stream: true`.", param="stream_options", code="invalid_value"
-        )
-    min_tokens = request.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise InvalidRequest(
-            f"`min_tokens` is {min_tokens}, but the answer can have at most {max_tokens} tokens.",
-            param="min_tokens",
-            code="invalid_value",
-        )
-    own = request.stop if isinstance(request.stop, list) else [request.stop] if request.stop else []
-    return Sampling(
-        max_tokens=max_tokens,
-        n=n,
-        temperature=temperature,
-        top_p=or_default(request.top_p, defaults.top_p),
-        top_k=or_default(request.top_k, defaults.top_k),
-        min_p=or_default(request.min_p, defaults.min_p),
-        presence_penalty=or_default(request.presence_penalty, 0.0),
-        frequency_penalty=or_default(request.frequency_penalty, 0.0),
-        repetition_penalty=or_default(request.repetition_penalty, defaults.repetition_penalty),
-        seed=request.seed,
-        stop=(TURN_STOP, *own),
-        min_tokens=min_tokens,
-        ignore_eos=bool(request.ignore_eos),
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        logit_bias=_logit_bias(request.logit_bias, engine.traits.vocab_size),
-        json_schema=_json_schema(request),
-    )
-
-
-def _logit_bias(asked: Mapping[str, float] | None, vocab_size: int) -> dict[int, float] | None:
-    if not asked:
-        return None
-    bias = {int(token): value for token, value in asked.items()}
-    largest = max(bias)
-    if largest >= vocab_size:
-        raise InvalidRequest(
-            f"`logit_bias` names token {largest}; the model has {vocab_size} tokens, from 0.",
-            param="logit_bias",
-            code="invalid_value",
-        )
-    return bias
+    return new or old
 
 
 def _json_schema(request: ChatRequest) -> dict[str, Any] | None:
@@ -316,135 +245,35 @@ def _check_size(schema: Mapping[str, Any]) -> None:
             )
 
 
-class Piece(NamedTuple):
-    """What one output, or several in a row, add to one choice's answer."""
+class _Answer:
+    """One choice: the card's rule over what the engine says, and its log-probabilities."""
 
-    choice: int
-    """Which of the `n`, from 0."""
-    text: str
-    logprobs: list[dict[str, Any]] | None
-    finish_reason: str | None
-    """``stop`` or ``length`` with the last piece of the choice."""
-    stop_reason: int | str | None
+    __slots__ = ("_places", "_rule", "_sent")
 
-    def then(self, more: Piece) -> Piece:
-        """Both pieces as one."""
-        logprobs = self.logprobs
-        if logprobs is not None or more.logprobs is not None:
-            logprobs = [*(logprobs or ()), *(more.logprobs or ())]
-        return Piece(
-            self.choice, self.text + more.text, logprobs, more.finish_reason, more.stop_reason
-        )
+    def __init__(self, rule: AnswerFilter, places: _Places | None) -> None:
+        self._rule = rule
+        self._places = places
+        self._sent = 0  # characters of the answer that went out
 
-
-class Reply:
-    """The answers to one prepared request while they arrive, and the tokens they took."""
-
-    __slots__ = (
-        "_choices",
-        "_on_begin",
-        "_prepared",
-        "_texts",
-        "answer_tokens",
-        "began_at",
-        "cached_tokens",
-        "finish_reasons",
-        "open_choices",
-    )
-
-    def __init__(
-        self,
-        prepared: Prepared,
-        engine: Engine,
-        *,
-        began: Callable[[], None] = lambda: None,
-        keep_text: bool = False,
-    ) -> None:
-        own_stops = prepared.work.sampling.stop[1:]
-        self._prepared = prepared
-        self._choices = [
-            _Choice(
-                AnswerFilter(own_stops, continued=prepared.continued),
-                _Places(engine, prepared.top_logprobs)
-                if prepared.work.sampling.logprobs is not None
-                else None,
-            )
-            for _ in range(prepared.work.sampling.n)
-        ]
-        self._on_begin = began
-        self._texts: list[list[str]] | None = None
-        if keep_text:
-            self._texts = [[] for _ in range(prepared.work.sampling.n)]
-        self.began_at: float | None = None
-        """When the first of the answer came, which is when the prompt had run."""
-        self.answer_tokens = 0
-        self.finish_reasons: list[str] = []
-        """One for each choice that has ended."""
-        self.cached_tokens = 0
-        self.open_choices = prepared.work.sampling.n
-        """Choices whose end has not come; at 0 the engine need not go on."""
-
-    def take(self, output: Output, cached_tokens: int) -> Piece | None:
-        """What `output` adds to its choice's answer, if anything. Raises `EngineFault`."""
-        if self.began_at is None:
-            self.began_at = time.perf_counter()
-            self.cached_tokens = cached_tokens
-            self._on_begin()
-        self.answer_tokens += len(output.token_ids)
-        choice = self._choices[output.index]
-        if choice.over:
-            return None
-        answer = choice.answer
+    def take(self, output: Output) -> Piece | None:
+        rule = self._rule
         reason, stop = output.finish_reason, output.stop_reason
         if reason is None:
-            text = answer.feed(output.text)
-            if answer.ended:  # the marker, where the engine was told to look away
+            text = rule.feed(output.text)
+            if rule.ended:  # the marker, where the engine was told to look away
                 reason, stop = "stop", TURN_STOP
         elif reason in ("stop", "length"):
-            text = answer.finish(output.text, stop if isinstance(stop, str) else None)
+            text = rule.finish(output.text, stop if isinstance(stop, str) else None)
         else:
             raise EngineFault
-        if reason is not None:
-            choice.over = True
-            self.open_choices -= 1
-            self.finish_reasons.append(reason)
         logprobs = None
-        if choice.places is not None:
-            choice.sent += len(text)
-            choice.places.add(output)
-            logprobs = choice.places.up_to(answer.skipped, choice.sent)
+        if self._places is not None:
+            self._sent += len(text)
+            self._places.add(output)
+            logprobs = self._places.up_to(rule.skipped, self._sent)
         elif not text and reason is None:
             return None
-        if self._texts is not None:
-            self._texts[output.index].append(text)
         return Piece(output.index, text, logprobs, reason, stop)
-
-    @property
-    def texts(self) -> list[str]:
-        """The answers so far, if they are kept."""
-        return ["".join(pieces) for pieces in self._texts or ()]
-
-    def usage(self) -> Usage:
-        """Counts of the tokens that ran."""
-        prompt = len(self._prepared.work.prompt_token_ids)
-        return Usage(
-            prompt_tokens=prompt,
-            completion_tokens=self.answer_tokens,
-            total_tokens=prompt + self.answer_tokens,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=self.cached_tokens,
-                dropped_messages=self._prepared.dropped_messages,
-            ),
-        )
-
-
-@dataclass(slots=True)
-class _Choice:
-    answer: AnswerFilter
-    places: _Places | None
-    sent: int = 0
-    """Characters of the answer that went out."""
-    over: bool = False
 
 
 class _Places:
@@ -497,6 +326,6 @@ class _Places:
     def _token(data: bytes, logprob: float) -> dict[str, Any]:
         return {
             "token": data.decode(errors="replace"),
-            "logprob": max(logprob, _LEAST_LOGPROB),
+            "logprob": max(logprob, LEAST_LOGPROB),
             "bytes": list(data),
         }

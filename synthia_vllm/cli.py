@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from synthia_vllm import __version__, keys, terminal
+from synthia_vllm import __version__, evaluate, keys, rendering, terminal
 from synthia_vllm.errors import StartupError
 
 if TYPE_CHECKING:
@@ -101,6 +101,18 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk to a running server", allow_abbrev=False)
     terminal.add_arguments(chat)
     chat.set_defaults(run=terminal.run)
+
+    render = commands.add_parser(
+        "render", help="show the exact prompt of a chat request", allow_abbrev=False
+    )
+    rendering.add_arguments(render)
+    render.set_defaults(run=rendering.run)
+
+    evaluation = commands.add_parser(
+        "eval", help="run the model card's benchmarks on a running server", allow_abbrev=False
+    )
+    evaluate.add_arguments(evaluation)
+    evaluation.set_defaults(run=evaluate.run)
 
     users = commands.add_parser("keys", help="make and remove users and their API keys")
     keys.add_arguments(users)

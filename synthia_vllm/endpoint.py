@@ -1,30 +1,11 @@
-"""``POST /v1/chat/completions`` as an ASGI application of its own.
-
-No middleware and no framework stand between it and the socket, for it carries every token.
-"""
+"""The routes for text: a conversation's next answer, and raw completions."""
 
 from __future__ import annotations
 
-import asyncio
-import logging
-import math
-import re
-import time
-import uuid
-from asyncio import FIRST_COMPLETED
 from typing import TYPE_CHECKING, Any, Final
 
-from pydantic_core import to_json
-
-from synthia_vllm.chat import Piece, Prepared, Reply, prepare
-from synthia_vllm.errors import (
-    ApiError,
-    BodyTooLarge,
-    DeadlineExceeded,
-    EngineFault,
-    InvalidRequest,
-    Unavailable,
-)
+from synthia_vllm import chat, completions
+from synthia_vllm.exchange import Route
 from synthia_vllm.protocol import (
     AnswerMessage,
     ChatCompletion,
@@ -32,332 +13,34 @@ from synthia_vllm.protocol import (
     ChoiceLogprobs,
     parse_chat_request,
 )
-from synthia_vllm.sse import WRITE, Events, Outbox, Stream, error_event, stream_answer
+from synthia_vllm.raw_protocol import (
+    Completion,
+    CompletionChoice,
+    parse_completion_request,
+)
+from synthia_vllm.sse import ChatEvents, TextEvents
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from starlette.types import Message, Receive, Scope, Send
-
-    from synthia_vllm.engine import Engine, Output
-    from synthia_vllm.service import Service
-    from synthia_vllm.tenants import Place
-
-logger = logging.getLogger(__name__)
-
-CHAT: Final = "/v1/chat/completions"
-_CLIENT_LEFT: Final = 499  # as nginx counts it; never sent, for nobody is there to read it
-_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
-_TIMEOUT: Final = "X-Request-Timeout"
+    from synthia_vllm import reply
+    from synthia_vllm.protocol import Usage
 
 
-class ChatEndpoint:
-    """Takes one chat request at a time off the socket and sees it to its end."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._outbox = Outbox()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        service = self._service
-        write = scope.get("extensions", {}).get(WRITE, {}).get("part")
-        exchange = _Exchange(service, dict(scope["headers"]), send, write, self._outbox)
-        service.open(exchange)
-        try:
-            place = await exchange.admit()
-            await exchange.run_while_wanted(receive, place)
-        except _ClientLeft:
-            exchange.status = _CLIENT_LEFT
-        except ApiError as error:
-            await exchange.refuse(error)
-        except Exception:
-            logger.exception("request %s: a fault of the server's own", exchange.id)
-            await exchange.refuse(EngineFault())
-        finally:
-            exchange.record()
-            service.closed(exchange)
+async def _prepare_chat(
+    body: bytes, *args: Any, **options: Any
+) -> tuple[reply.Prepared, list[reply.Choice]]:
+    return await chat.prepare(parse_chat_request(body), *args, **options)
 
 
-class _Exchange:
-    """One chat request and its response; knows at every moment what has happened so far."""
-
-    def __init__(
-        self,
-        service: Service,
-        headers: dict[bytes, bytes],
-        send: Send,
-        write: Callable[[bytes], bool] | None,
-        outbox: Outbox,
-    ) -> None:
-        self._service = service
-        self._request_headers = headers
-        self._send = send
-        self._write = write
-        self._outbox = outbox
-        self._arrived = time.perf_counter()
-        self._span = service.tracer.begin(headers, CHAT) if service.tracer else None
-        self._error: str | None = None
-        self.id = _request_id(headers)
-        self._user: str | None = None
-        self._place: Place | None = None
-        self._prepared: Prepared | None = None
-        self._reply: Reply | None = None
-        self._work: asyncio.Task[None] | None = None
-        self._ended_by: ApiError | None = None
-        self._started = False
-        self.status = 500
-
-    async def admit(self) -> Place:
-        """Decide, before anything is done for it, whether this request can be had now."""
-        service = self._service
-        self._user = service.tenants.identify(self._request_headers.get(b"authorization"))
-        service.require_serving()
-        self._place = place = await service.tenants.admit(self._user)
-        return place
-
-    async def run_while_wanted(self, receive: Receive, place: Place) -> None:
-        """Answer, unless the client leaves, the time is up, or the server ends it first."""
-        limits = self._service.settings.limits
-        seconds = _deadline(self._request_headers, limits.request_seconds)
-        body = await _read_body(self._request_headers, receive, limits.max_body_bytes)
-        self._work = work = asyncio.create_task(self._answer(body, place))
-        watching = asyncio.create_task(_client_left(receive))
-        try:
-            left = seconds - (time.perf_counter() - self._arrived)
-            await asyncio.wait((work, watching), timeout=left, return_when=FIRST_COMPLETED)
-            if work.cancelled() and self._ended_by is not None:
-                raise self._ended_by
-            if not work.done():
-                raise _ClientLeft if watching.done() else DeadlineExceeded(seconds)
-            work.result()
-        finally:
-            watching.cancel()
-            if not work.done():
-                work.cancel()
-                await asyncio.wait((work,))  # until the engine has freed the request
-            # An error's traceback holds this frame, which holds the task, which holds the error:
-            # bodies would stay in memory until the garbage collector comes round.
-            self._work = None
-            del work, watching, body
-
-    def end(self, error: ApiError) -> None:
-        """End this exchange with `error`, whatever it is at."""
-        if self._work is not None and not self._work.done():
-            self._ended_by = error
-            self._work.cancel()
-
-    async def _answer(self, body: bytes, place: Place) -> None:
-        service = self._service
-        request = parse_chat_request(body)
-        self._prepared = prepared = await prepare(
-            request,
-            service.engine,
-            service.settings,
-            self.id,
-            place,
-            trace_headers=self._span.headers if self._span else None,
-        )
-        self._reply = reply = Reply(
-            prepared, service.engine, began=place.began, keep_text=service.keeps_text
-        )
-        answer_id, created = f"chatcmpl-{self.id}", int(time.time())
-        if prepared.stream:
-            events = Events(
-                answer_id, created, prepared.model, include_usage=prepared.include_usage
-            )
-            headers = self._headers(b"text/event-stream; charset=utf-8")
-            headers.append((b"cache-control", b"no-cache"))
-            headers.append((b"x-accel-buffering", b"no"))  # proxies: pass on each event at once
-            stream = Stream(
-                reply,
-                events,
-                self._outbox,
-                service.metrics.of(prepared.model),
-                arrived=self._arrived,
-                write=self._write,
-            )
-            await stream_answer(
-                prepared,
-                reply,
-                service.engine,
-                stream,
-                send=self._sent,
-                headers=headers,
-                keepalive=service.settings.sse_keepalive_seconds,
-            )
-        else:
-            choices = await _plain_answer(prepared, reply, service.engine)
-            answer = ChatCompletion(
-                id=answer_id,
-                created=created,
-                model=prepared.model,
-                choices=choices,
-                usage=reply.usage(),
-            )
-            await self._respond(200, to_json(answer))
-
-    async def refuse(self, error: ApiError) -> None:
-        """Answer with `error`; as an event, if a stream has begun."""
-        self._service.count_error(error, self._user)
-        self._error = error.code
-        if self._started:
-            await self._send({"type": "http.response.body", "body": error_event(error)})
-            return
-        headers = [(k.encode(), v.encode()) for k, v in error_headers(error).items()]
-        await self._respond(error.status, to_json(error.envelope()), headers)
-
-    def record(self) -> None:
-        """Count and log this exchange, whatever way it ended, and give its place back."""
-        metrics, prepared, reply = self._service.metrics, self._prepared, self._reply
-        model = prepared.model if prepared else ""
-        prompt = len(prepared.work.prompt_token_ids) if prepared and reply and reply.began_at else 0
-        answer = reply.answer_tokens if reply else 0
-        ends = reply.finish_reasons if reply else []
-        took = time.perf_counter() - self._arrived
-        if self._place is not None:
-            self._place.leave(prompt, answer, len(ends))
-        metrics.requests.labels(CHAT, model, str(self.status)).inc()
-        if self.status == _CLIENT_LEFT:
-            metrics.aborted_by_client.labels(model).inc()
-        if prepared is not None and reply is not None:
-            series = metrics.of(model)
-            series.end_to_end.observe(took)
-            series.escaped_markers.inc(prepared.escaped_markers)
-            series.dropped_messages.inc(prepared.dropped_messages)
-            series.prompt_tokens.inc(prompt)
-            series.cached_prompt_tokens.inc(reply.cached_tokens)
-            series.answer_tokens.inc(answer)
-            for reason in ends:
-                metrics.finished.labels(model, reason).inc()
-        if self._user is not None:
-            self._service.count_tokens(self._user, prompt, answer)
-        if prepared is not None and reply is not None and not reply.open_choices:
-            self._service.keep(self._user or "", prepared.question, reply.texts)
-        self._log(took, prompt, answer)
-        if self._span is not None:
-            self._span.end(
-                self.status,
-                self._error,
-                {
-                    "gen_ai.request.model": model,
-                    "gen_ai.usage.input_tokens": prompt,
-                    "gen_ai.usage.output_tokens": answer,
-                    "gen_ai.response.finish_reasons": tuple(ends),
-                    "synthia.request_id": self.id,
-                    "synthia.user": self._user,
-                    "synthia.stream": prepared.stream if prepared else None,
-                    "synthia.cached_tokens": reply.cached_tokens if reply else 0,
-                    "synthia.time_to_first_token": reply.began_at - self._arrived
-                    if reply and reply.began_at
-                    else None,
-                },
-            )
-
-    def _log(self, took: float, prompt: int, answer: int) -> None:
-        if not logger.isEnabledFor(logging.INFO):
-            return
-        prepared, reply = self._prepared, self._reply
-        fields: dict[str, Any] = {
-            "id": self.id,
-            "user": self._user or "-",
-            "model": prepared.model if prepared else "-",
-            "status": self.status,
-            "prompt_tokens": prompt,
-            "cached_tokens": reply.cached_tokens if reply else 0,
-            "answer_tokens": answer,
-            "first_token_ms": round(1e3 * (reply.began_at - self._arrived))
-            if reply and reply.began_at
-            else None,
-            "total_ms": round(1e3 * took),
-            "finish": ",".join(reply.finish_reasons) if reply else "",
-        }
-        if self._service.settings.log_content and prepared and reply:
-            fields |= {"prompt": prepared.question, "answers": reply.texts}
-        logger.info("chat", extra={"fields": fields})
-
-    def _headers(self, content_type: bytes) -> list[tuple[bytes, bytes]]:
-        headers = [(b"content-type", content_type), (b"x-request-id", self.id.encode())]
-        if self._user is not None:
-            headers += self._service.tenants.headers(self._user)
-        if self._prepared is not None and self._prepared.dropped_messages:
-            dropped = str(self._prepared.dropped_messages).encode()
-            headers.append((b"x-synthia-dropped-messages", dropped))
-        return headers
-
-    async def _respond(
-        self, status: int, body: bytes, extra: list[tuple[bytes, bytes]] | None = None
-    ) -> None:
-        headers = self._headers(b"application/json")
-        headers.append((b"content-length", str(len(body)).encode()))
-        headers += extra or []
-        await self._sent({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-    async def _sent(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self._started = True
-            self.status = message["status"]
-        await self._send(message)
+async def _prepare_completion(
+    body: bytes, *args: Any, **options: Any
+) -> tuple[reply.Prepared, list[reply.Choice]]:
+    return await completions.prepare(parse_completion_request(body), *args, **options)
 
 
-def error_headers(error: ApiError) -> dict[str, str]:
-    """The response headers that go with `error`."""
-    headers = {}
-    if error.retry_after is not None:
-        # Whole seconds by the standard; OpenAI's clients read the milliseconds first.
-        headers["retry-after"] = str(math.ceil(error.retry_after))
-        headers["retry-after-ms"] = str(math.ceil(1e3 * error.retry_after))
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if isinstance(error, Unavailable) and error.code == "draining":
-        headers["connection"] = "close"  # the next request finds another server
-    return headers
-
-
-class _Whole:
-    """The plain answer: a sink that puts together what a stream would have sent."""
-
-    def __init__(self, reply: Reply) -> None:
-        self._reply = reply
-        self._pieces: dict[int, Piece] = {}
-        self._error: Exception | None = None
-        self._over = asyncio.Event()
-
-    def put(self, output: Output, cached_tokens: int) -> None:
-        """Take what the engine says next."""
-        try:
-            piece = self._reply.take(output, cached_tokens)
-        except Exception as error:  # the caller serves every other request, too
-            self._end(error)
-            return
-        if piece is not None:
-            before = self._pieces.get(piece.choice)
-            self._pieces[piece.choice] = piece if before is None else before.then(piece)
-        if not self._reply.open_choices:
-            self._over.set()
-
-    def fail(self, error: ApiError) -> None:
-        """End with `error`."""
-        self._end(error)
-
-    async def pieces(self) -> list[Piece]:
-        """Each choice, whole. Raises what ended the request before."""
-        await self._over.wait()
-        if self._error is not None:
-            raise self._error
-        return [self._pieces[choice] for choice in sorted(self._pieces)]
-
-    def _end(self, error: Exception) -> None:
-        self._error = error
-        self._over.set()
-
-
-async def _plain_answer(prepared: Prepared, reply: Reply, engine: Engine) -> list[Choice]:
-    """Run `prepared`; its choices as OpenAI has them."""
-    whole = _Whole(reply)
-    async with engine.submit(prepared.work, whole):
-        pieces = await whole.pieces()
-    return [
+def _chat_answer(
+    answer_id: str, created: int, model: str, pieces: list[reply.Piece], usage: Usage
+) -> ChatCompletion:
+    choices = [
         Choice(
             index=piece.choice,
             message=AnswerMessage(content=piece.text),
@@ -367,61 +50,34 @@ async def _plain_answer(prepared: Prepared, reply: Reply, engine: Engine) -> lis
         )
         for piece in pieces
     ]
+    return ChatCompletion(id=answer_id, created=created, model=model, choices=choices, usage=usage)
 
 
-class _ClientLeft(Exception):
-    """The connection is gone; there is nobody to answer."""
-
-
-async def _read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:
-    """The whole body. Raises `InvalidRequest` if it is no JSON by its headers, or too large."""
-    kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-    if kind != b"application/json":
-        # Also what keeps other sites' pages from posting here: for this type browsers ask first.
-        raise InvalidRequest("Send the body with `Content-Type: application/json`.")
-    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
-        raise InvalidRequest("The body must not be compressed (`Content-Encoding`).")
-    if int(headers.get(b"content-length", b"0")) > limit:
-        raise BodyTooLarge(limit)
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise _ClientLeft
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            raise BodyTooLarge(limit)
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
-async def _client_left(receive: Receive) -> None:
-    """Return when the connection is gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def _deadline(headers: dict[bytes, bytes], longest: float) -> float:
-    """The seconds this request may take: what it asks for, up to the server's own limit."""
-    asked = headers.get(_TIMEOUT.lower().encode())
-    if asked is None:
-        return longest
-    try:
-        seconds = float(asked)
-    except ValueError:
-        seconds = math.nan
-    if not seconds > 0:
-        raise InvalidRequest(
-            f"`{_TIMEOUT}` must be a number of seconds above 0.",
-            param=_TIMEOUT,
-            code="invalid_value",
+def _completion_answer(
+    answer_id: str, created: int, model: str, pieces: list[reply.Piece], usage: Usage
+) -> Completion:
+    choices = [
+        CompletionChoice(
+            index=piece.choice,
+            text=piece.text,
+            logprobs=completions.logprobs_of(piece.logprobs),
+            finish_reason=piece.finish_reason,
+            stop_reason=piece.stop_reason,
         )
-    return min(seconds, longest)
+        for piece in pieces
+    ]
+    return Completion(id=answer_id, created=created, model=model, choices=choices, usage=usage)
 
 
-def _request_id(headers: dict[bytes, bytes]) -> str:
-    """The client's ``X-Request-Id``, if it is a sensible one, or a new id."""
-    value = headers.get(b"x-request-id", b"")
-    return str(value, "ascii") if _REQUEST_ID.fullmatch(value) else uuid.uuid4().hex
+CHAT: Final = Route(
+    "/v1/chat/completions", "chat", "chatcmpl", _prepare_chat, ChatEvents, _chat_answer
+)
+COMPLETIONS: Final = Route(
+    "/v1/completions",
+    "text_completion",
+    "cmpl",
+    _prepare_completion,
+    TextEvents,
+    _completion_answer,
+)
+ROUTES: Final = (CHAT, COMPLETIONS)

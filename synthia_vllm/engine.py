@@ -10,11 +10,12 @@ engine's objects pass through unchanged: nothing is copied per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
     from synthia_vllm.errors import ApiError
@@ -35,6 +36,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_in_text: bool = True
+    """Whether a stop string found ends the text; if not, it and its beginnings are held back."""
     min_tokens: int = 0
     ignore_eos: bool = False
     logprobs: int | None = None
@@ -42,6 +45,17 @@ class Sampling:
     logit_bias: Mapping[int, float] | None = None
     json_schema: Mapping[str, Any] | None = None
     """Only text that this JSON schema admits is generated; ``{}`` admits any JSON object."""
+
+
+class TokenLogprob(Protocol):
+    """The log-probability (natural, before temperature) of one token at one place."""
+
+    @property
+    def logprob(self) -> float: ...
+
+
+PromptLogprobs = Sequence[Mapping[int, TokenLogprob] | None]
+"""By token id, for each token of a prompt; `None` for the first, which nothing comes before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +71,10 @@ class Work:
     """Of those that wait, the smallest goes first; among equals, the one that came first."""
     trace_headers: Mapping[str, str] | None = None
     """W3C trace context that the engine's own spans are put below."""
-
-
-class TokenLogprob(Protocol):
-    """The log-probability (natural, before temperature) of one token at one place."""
-
-    @property
-    def logprob(self) -> float: ...
+    on_prompt: Callable[[PromptLogprobs], None] | None = None
+    """Called before the first output with the prompt's log-probabilities, as `Sampling.logprobs`
+    has those of the answer; as costly in memory as the prompt is long, and past the prefix cache.
+    """
 
 
 class Output(Protocol):
@@ -75,7 +86,7 @@ class Output(Protocol):
 
     @property
     def text(self) -> str:
-        """The new text. It ends with the stop string, if one was found."""
+        """The new text. It ends with the stop string found, if `Sampling.stop_in_text`."""
 
     @property
     def token_ids(self) -> Sequence[int]:
@@ -103,6 +114,12 @@ class Traits:
     vocab_size: int
     longest_token: int
     """The most characters one token can stand for."""
+    special_tokens: Mapping[int, str] = field(default_factory=dict)
+    """The names of tokens that stand for no text, by id: ``</s>`` and the like."""
+    bos: str = "<s>"
+    """The special token that begins a prompt."""
+    eos: str = "</s>"
+    """The one that ends an answer."""
     max_logprobs: int = 20
     max_num_seqs: int = 256
     """Answers that are generated at the same time; more wait."""
@@ -146,6 +163,9 @@ class Engine(Protocol):
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes this token adds to the text; none for a special token."""
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """The text of tokens, special ones by their names. Never blocks the event loop."""
 
     def submit(self, work: Work, sink: Sink) -> AbstractAsyncContextManager[None]:
         """Run `work` while the context lasts; what it says goes to `sink`.

@@ -81,10 +81,10 @@ class InvalidRequest(ApiError):
 
 
 class ContextOverflow(InvalidRequest):
-    """The rendered conversation leaves no room for an answer in the model's context."""
+    """The prompt leaves no room for an answer in the model's context."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, param="messages", code="context_length_exceeded")
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message, param=param, code="context_length_exceeded")
 
 
 class Unauthorized(InvalidRequest):

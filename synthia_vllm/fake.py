@@ -53,7 +53,12 @@ class FakeEngine:
     """Raised instead of the step number `fault_at`."""
     fault_at: int = 0
     traits: Traits = field(
-        default_factory=lambda: Traits(max_model_len=2048, vocab_size=32000, longest_token=1)
+        default_factory=lambda: Traits(
+            max_model_len=2048,
+            vocab_size=32000,
+            longest_token=1,
+            special_tokens={0: "<unk>", BOS: "<s>", 2: "</s>"},
+        )
     )
     seen: list[Work] = field(default_factory=list)
     """All work that was asked for, oldest first."""
@@ -68,7 +73,15 @@ class FakeEngine:
         return [BOS, *(FIRST_BYTE + byte for byte in text.encode())]
 
     def token_bytes(self, token_id: int) -> bytes:
-        return bytes([token_id - FIRST_BYTE]) if token_id >= FIRST_BYTE else b""
+        known = FIRST_BYTE <= token_id < FIRST_BYTE + 256
+        return bytes([token_id - FIRST_BYTE]) if known else b""
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        names = self.traits.special_tokens
+        return b"".join(
+            names[token].encode() if token in names else self.token_bytes(token)
+            for token in token_ids
+        ).decode(errors="replace")
 
     @asynccontextmanager
     async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
@@ -84,12 +97,15 @@ class FakeEngine:
 
     async def _speak(self, work: Work, sink: Sink) -> None:
         steps = self._steps(work)
+        prompt = [{token: FakeLogprob()} for token in work.prompt_token_ids[1:]]
         try:
             for position, step in enumerate(steps):
                 await asyncio.sleep(self.delay)
                 self.check()
                 if self.fault is not None and position == self.fault_at:
                     raise self.fault
+                if position == 0 and work.on_prompt is not None:
+                    work.on_prompt([None, *prompt])
                 if work.deltas:
                     for output in step:
                         sink.put(output, 0)
@@ -102,6 +118,10 @@ class FakeEngine:
     def _steps(self, work: Work) -> list[list[FakeOutput]]:
         """The steps of `work`, each with an output for every choice, to its first end."""
         said, spent, steps = "", 0, []
+        # Held back without `stop_in_text`: as much as may turn out to be a stop string's.
+        held, longest = "", 0
+        if not work.sampling.stop_in_text:
+            longest = max((len(stop) - 1 for stop in work.sampling.stop), default=0)
         for position, piece in enumerate(self.pieces, 1):
             said += piece
             reason = found = None
@@ -126,7 +146,11 @@ class FakeEngine:
             logprobs = None
             if work.sampling.logprobs is not None:
                 logprobs = [{token: FakeLogprob()} for token in tokens]
-            text = data.decode(errors="ignore")
+            held += data.decode(errors="ignore")
+            sure = len(held) if reason is not None else max(0, len(held) - longest)
+            text, held = held[:sure], held[sure:]
+            if found is not None and not work.sampling.stop_in_text:
+                text = text.removesuffix(found)
             steps.append(
                 [
                     FakeOutput(index, text, tokens, logprobs, reason, found)

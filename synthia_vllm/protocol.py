@@ -1,5 +1,7 @@
 """OpenAI's chat API as this server speaks it: the shapes of requests and responses.
 
+What other requests have in common with those of chat is here, too.
+
 Requests are strict: no field is ignored. What the model cannot do is refused by name, unless
 the value asks for nothing (``"tools": null``). Responses have OpenAI's fields plus two of
 vLLM's and ours: `stop_reason` in a choice, `dropped_messages` in the usage.
@@ -9,7 +11,8 @@ Source: OpenAI's API reference for chat completions; vLLM's extra sampling param
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -36,7 +39,9 @@ MAX_TOP_LOGPROBS: Final = 20
 MAX_METADATA: Final = 16
 
 
-class _Request(BaseModel):
+class Shape(BaseModel):
+    """An object of a request; what it does not know is refused."""
+
     # What is not known is kept here and refused by `_refuse_unknown`, the first of it: refused by
     # pydantic, each of a hostile body's 100,000 fields would become an error object of its own.
     model_config = ConfigDict(
@@ -59,14 +64,14 @@ def _at_most(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class TextPart(_Request):
+class TextPart(Shape):
     """A piece of text in a message's content; the only kind the model reads."""
 
     type: Literal["text"]
     text: str
 
 
-class ChatMessage(_Request):
+class ChatMessage(Shape):
     """One message of the conversation so far."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -84,7 +89,7 @@ class ChatMessage(_Request):
         return "\n".join(part.text for part in self.content)
 
 
-class JsonSchema(_Request):
+class JsonSchema(Shape):
     """The schema of `response_format`."""
 
     name: str = Field(max_length=64)
@@ -93,14 +98,14 @@ class JsonSchema(_Request):
     strict: bool | None = None
 
 
-class ResponseFormat(_Request):
+class ResponseFormat(Shape):
     """What the answer must look like: any text, a JSON object, or JSON of a given schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
-class StreamOptions(_Request):
+class StreamOptions(Shape):
     """Options of a streamed answer."""
 
     include_usage: bool = False
@@ -110,18 +115,15 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 TokenId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 
 
-class ChatRequest(_Request):
-    """The body of ``POST /v1/chat/completions``.
+class GenerationRequest(Shape):
+    """What requests for text have in common.
 
     `None` everywhere means: the server's default, which is the model card's.
     """
 
     model: str = Field(max_length=256)
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=128)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -134,16 +136,30 @@ class ChatRequest(_Request):
     stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     min_tokens: int | None = Field(None, ge=0)
     ignore_eos: bool | None = None
-    logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     logit_bias: Annotated[
         dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None,
         _at_most(MAX_LOGIT_BIASES),
     ] = None
+    user: str | None = None
+    """A label for the client's own bookkeeping; it asks nothing of the answer."""
+
+    @property
+    def own_stops(self) -> list[str]:
+        """The stop strings that this request brings."""
+        return self.stop if isinstance(self.stop, list) else [self.stop] if self.stop else []
+
+
+class ChatRequest(GenerationRequest):
+    """The body of ``POST /v1/chat/completions``."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     continue_final_message: bool | None = None
-    # Labels for the client's own bookkeeping; they ask nothing of the answer.
-    user: str | None = None
+    # Labels, as `user`.
     metadata: Annotated[dict[str, str] | None, _at_most(MAX_METADATA)] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -153,7 +169,8 @@ class ChatRequest(_Request):
 # nothing and are let pass (null always is).
 _NO_TOOLS: Final = "Synthia was not trained to call tools"
 _NO_AUDIO: Final = "Synthia reads and writes text only"
-_ELSEWHERE: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
+Elsewhere = Mapping[str, tuple[str, tuple[Any, ...]]]
+_ELSEWHERE: Final[Elsewhere] = {
     "tools": (_NO_TOOLS, ([],)),
     "tool_choice": (_NO_TOOLS, ("none", "auto")),
     "parallel_tool_calls": (_NO_TOOLS, (True, False)),
@@ -179,27 +196,38 @@ _ELSEWHERE: Final[dict[str, tuple[str, tuple[Any, ...]]]] = {
 }
 
 
+Parsed = TypeVar("Parsed", bound=Shape)
+
+
 def parse_chat_request(body: bytes) -> ChatRequest:
     """The request in `body`. Raises `InvalidRequest`, naming the field."""
+    return parse(ChatRequest, body, _ELSEWHERE)
+
+
+def parse(shape: type[Parsed], body: bytes, elsewhere: Elsewhere) -> Parsed:
+    """The request of this shape in `body`, with reasons for fields that are not to be had.
+
+    Raises `InvalidRequest`, naming the field.
+    """
     try:
-        request = ChatRequest.model_validate_json(body)
+        request = shape.model_validate_json(body)
     except ValidationError as error:
         problems = error.errors(include_url=False)
     except RecursionError:
         raise InvalidRequest("The JSON is nested too deeply.") from None
     else:
-        _refuse_unknown(request)
+        _refuse_unknown(request, elsewhere)
         return request
     # A union reports each of its members; what the user meant is the one that got furthest.
     same_field = [problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]]
     raise _refusal(max(same_field, key=lambda p: (len(p["loc"]), not p["type"].endswith("_type"))))
 
 
-def _refuse_unknown(request: ChatRequest) -> None:
+def _refuse_unknown(request: Shape, elsewhere: Elsewhere) -> None:
     """Raise `InvalidRequest` for the first field that is not to be had, unless it asks nothing."""
     for place, part in _parts(request):
         for name, value in (part.model_extra or {}).items():
-            why, neutral = _ELSEWHERE.get(name, ("no such field is known here", None))
+            why, neutral = elsewhere.get(name, ("no such field is known here", None))
             asks_nothing = neutral is not None and (
                 value is None or any(value == ok and type(value) is type(ok) for ok in neutral)
             )
@@ -211,20 +239,15 @@ def _refuse_unknown(request: ChatRequest) -> None:
                 )
 
 
-def _parts(request: ChatRequest) -> Iterator[tuple[str, BaseModel]]:
-    """All objects of `request` that have named fields, each with the path in front of them."""
-    yield "", request
-    for index, message in enumerate(request.messages):
-        yield f"messages[{index}].", message
-        if isinstance(message.content, list):
-            for number, part in enumerate(message.content):
-                yield f"messages[{index}].content[{number}].", part
-    if request.stream_options is not None:
-        yield "stream_options.", request.stream_options
-    if request.response_format is not None:
-        yield "response_format.", request.response_format
-        if request.response_format.json_schema is not None:
-            yield "response_format.json_schema.", request.response_format.json_schema
+def _parts(part: Shape, place: str = "") -> Iterator[tuple[str, Shape]]:
+    """All objects of a request that have named fields, each with the path in front of them."""
+    yield place, part
+    for name, value in part.__dict__.items():
+        if isinstance(value, Shape):
+            yield from _parts(value, f"{place}{name}.")
+        elif isinstance(value, list) and value and isinstance(value[0], Shape):
+            for index, item in enumerate(value):
+                yield from _parts(item, f"{place}{name}[{index}].")
 
 
 def _refusal(problem: Any) -> InvalidRequest:
@@ -258,13 +281,16 @@ def _refusal(problem: Any) -> InvalidRequest:
     )
 
 
+_UNIONS: Final = ("content", "stop", "prompt")
+
+
 def _path(loc: tuple[int | str, ...]) -> str:
     """``messages[2].content`` of a pydantic location, without the names of union members."""
     path = ""
     for before, part in zip(("", *loc), loc, strict=False):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif before not in ("content", "stop") and part != "[key]":
+        elif before not in _UNIONS and part != "[key]":
             path += f".{part}" if path else part
     return path if len(path) <= 100 else f"{path[:97]}..."
 

@@ -43,6 +43,7 @@ class Limits(_Section):
 
     max_body_bytes: int = Field(512 * 1024, ge=1024)
     max_n: int = Field(16, ge=1, le=128)
+    max_scored_tokens: int = Field(4096, ge=0)
     max_requests: int = Field(1024, ge=1)
     max_queue_seconds: float = Field(30.0, gt=0)
     request_seconds: float = Field(600.0, gt=0)
@@ -78,6 +79,7 @@ class Settings(_Section):
     keys_file: Path | None = None
     metrics: Literal["open", "key", "off"] = "open"
     limits: Limits = Limits()
+    page: bool = True
     sse_keepalive_seconds: float = Field(0.0, ge=0)
     transcripts: Transcript = Transcript()
     shutdown_delay_seconds: float = Field(0.0, ge=0)

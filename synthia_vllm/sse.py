@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from pydantic_core import to_json
 
+from synthia_vllm.completions import logprobs_of
 from synthia_vllm.errors import ApiError, EngineFault
 
 if TYPE_CHECKING:
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
 
     from starlette.types import Send
 
-    from synthia_vllm.chat import Piece, Prepared, Reply
     from synthia_vllm.engine import Engine, Output
     from synthia_vllm.metrics import ModelSeries
     from synthia_vllm.protocol import Usage
+    from synthia_vllm.reply import Piece, Prepared, Reply
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +38,34 @@ _COMMENT: Final = b": waiting\n\n"  # not an event: clients pass over it
 
 
 class Events:
-    """The events of one streamed answer, as OpenAI's ``chat.completion.chunk``."""
+    """The events of one streamed answer: what they have in common."""
 
-    __slots__ = ("_greeted", "_head", "_tail")
+    __slots__ = ("_head", "_tail")
+    kind: ClassVar[str]
 
     def __init__(self, answer_id: str, created: int, model: str, *, include_usage: bool) -> None:
-        head = {"id": answer_id, "object": "chat.completion.chunk", "created": created}
-        self._head = b"data: " + to_json(head | {"model": model})[:-1]
+        head = {"id": answer_id, "object": self.kind, "created": created, "model": model}
+        self._head = b"data: " + to_json(head)[:-1]
         # With usage asked for, OpenAI puts a null one in every event but the last.
         self._tail = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+
+    def piece(self, piece: Piece) -> bytes:
+        """The event for one piece of an answer."""
+        raise NotImplementedError
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event after the last choice: what it all took."""
+        return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, to_json(usage))
+
+
+class ChatEvents(Events):
+    """As OpenAI's chat has them; the first of each choice brings the role, with the text."""
+
+    __slots__ = ("_greeted",)
+    kind = "chat.completion.chunk"
+
+    def __init__(self, answer_id: str, created: int, model: str, *, include_usage: bool) -> None:
+        super().__init__(answer_id, created, model, include_usage=include_usage)
         self._greeted: set[int] = set()
 
     def piece(self, piece: Piece) -> bytes:
@@ -67,9 +87,23 @@ class Events:
             self._tail,
         )
 
-    def usage(self, usage: Usage) -> bytes:
-        """The event after the last choice: what it all took."""
-        return b'%b,"choices":[],"usage":%b}\n\n' % (self._head, to_json(usage))
+
+class TextEvents(Events):
+    """As OpenAI's completions have them."""
+
+    __slots__ = ()
+    kind = "text_completion"
+
+    def piece(self, piece: Piece) -> bytes:
+        """The event for one piece of an answer."""
+        choice = {
+            "index": piece.choice,
+            "text": piece.text,
+            "logprobs": logprobs_of(piece.logprobs),
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+        return b'%b,"choices":[%b]%b' % (self._head, to_json(choice), self._tail)
 
 
 def error_event(error: ApiError) -> bytes:
@@ -260,7 +294,7 @@ async def stream_answer(
     patience = keepalive or None
     body: dict[str, Any] = {"type": "http.response.body", "more_body": True}
     try:
-        async with engine.submit(prepared.work, stream):
+        async with prepared.submit(engine, stream):
             while True:
                 try:
                     chunk = await stream.kept(patience if reply.began_at is None else None)

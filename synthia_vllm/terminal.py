@@ -52,7 +52,7 @@ Ctrl-C stops an answer; what arrived of it is kept."""
 _LOST: Final = "The answer broke off: the connection was lost."
 
 # A model's answer must not be able to command the terminal it is shown on.
-_CONTROLS: Final = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+CONTROLS: Final = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,12 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Talk to a running server; the conversation is saved as in the model card."
     parser.epilog = _EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument(
-        "--url",
-        type=_url,
-        default=os.environ.get("OPENAI_BASE_URL") or "http://127.0.0.1:8000/v1",
-        help="the server's API (default: OPENAI_BASE_URL if set, else http://127.0.0.1:8000/v1)",
-    )
+    add_url(parser)
     parser.add_argument("--model", metavar="NAME", help="default: the first the server lists")
     front = parser.add_mutually_exclusive_group()
     front.add_argument("--system", metavar="TEXT", help="system message")
@@ -84,6 +79,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--top-p", metavar="P", type=float)
     sampling.add_argument("--top-k", metavar="K", type=int)
     sampling.add_argument("--max-tokens", metavar="N", type=int, help="longest answer, in tokens")
+
+
+def add_url(parser: argparse.ArgumentParser) -> None:
+    """Describe the option that says where the server is."""
+    parser.add_argument(
+        "--url",
+        type=_url,
+        default=os.environ.get("OPENAI_BASE_URL") or "http://127.0.0.1:8000/v1",
+        help="the server's API (default: OPENAI_BASE_URL if set, else http://127.0.0.1:8000/v1)",
+    )
 
 
 def _url(text: str) -> str:
@@ -114,10 +119,10 @@ def run(args: argparse.Namespace) -> int:
             with client.models.with_streaming_response.list() as response:
                 listed = _ids(response.read())
         except openai.APIError as error:
-            _say(_explain(error, args.url))
+            say(explain(error, args.url))
             return 1
         if not listed:
-            _say(f"{args.url} lists no models. Is it an OpenAI-compatible server's /v1?")
+            say(f"{args.url} lists no models. Is it an OpenAI-compatible server's /v1?")
             return 1
         try:
             return _Chat(client, args, listed).loop()
@@ -149,7 +154,7 @@ class _Chat:
             with suppress(ImportError):
                 import readline  # noqa: F401  # importing it gives `input` editing and history
             where = f"; saving to {self._args.save}" if self._args.save else ""
-            _say(f"{self._model} at {self._args.url}{where}. /help lists the commands.")
+            say(f"{self._model} at {self._args.url}{where}. /help lists the commands.")
         interrupted = False
         while True:
             self._hear_interrupts(True)
@@ -166,7 +171,7 @@ class _Chat:
                 if interrupted:
                     break
                 interrupted = True
-                _say("Press Ctrl-C again to quit.")
+                say("Press Ctrl-C again to quit.")
                 continue
             interrupted = False
             if line.startswith("/") and not line.startswith("//"):
@@ -196,22 +201,22 @@ class _Chat:
             case "/quit":
                 return False
             case "/help":
-                _say(_HELP)
+                say(_HELP)
             case "/reset":
                 self._turns.clear()
-                _say("The conversation is forgotten.")
+                say("The conversation is forgotten.")
             case "/tot":
                 self._tot = not self._tot
-                _say(f"Tree of Thought is {'on' if self._tot else 'off'}.")
+                say(f"Tree of Thought is {'on' if self._tot else 'off'}.")
             case "/system":
                 if text:
                     self._system = None if text == "-" else text
                     self._tot = False
                 in_force = "Tree of Thought (/tot)" if self._tot else self._system or "none"
-                _say(f"System message: {in_force}")
+                say(f"System message: {in_force}")
             case _:
                 self._failed = True
-                _say(f"There is no command {name}; nothing was sent. See /help, or begin with //.")
+                say(f"There is no command {name}; nothing was sent. See /help, or begin with //.")
         return True
 
     def _ask(self, question: str) -> None:
@@ -228,7 +233,7 @@ class _Chat:
         except KeyboardInterrupt:
             stopped = True
         except openai.APIError as error:
-            problem = _explain(error, self._args.url, begun=bool(parts))
+            problem = explain(error, self._args.url, begun=bool(parts))
         except Exception as error:
             # In mid-stream openai before 3.54 lets its transport's own errors (httpx*) through.
             if not type(error).__module__.startswith("httpx"):
@@ -244,15 +249,15 @@ class _Chat:
             self._keep(question, answer)
         kept = "What arrived is kept." if answer else "The question is forgotten."
         if stopped:
-            _say(f"Stopped. {kept}")
+            say(f"Stopped. {kept}")
             if not self._interactive:
                 raise KeyboardInterrupt  # a batch has no prompt to come back to
         elif problem is not None:
-            _say(f"{problem} {kept}")
+            say(f"{problem} {kept}")
         elif finish == "length":
-            _say("The answer reached its limit of tokens (--max-tokens, or the model's context).")
+            say("The answer reached its limit of tokens (--max-tokens, or the model's context).")
         elif not answer:
-            _say("The answer is empty.")
+            say("The answer is empty.")
 
     def _stream(self, question: str, parts: list[str]) -> str | None:
         """Show the answer, adding it to `parts`; return its finish reason, `None` without an end.
@@ -273,7 +278,7 @@ class _Chat:
             extra_body=None if top_k is None else {"top_k": top_k},
         ) as stream:
             if dropped := stream.response.headers.get("x-synthia-dropped-messages"):
-                _say(f"The oldest {dropped} messages no longer fit and were left out.")
+                say(f"The oldest {dropped} messages no longer fit and were left out.")
             for chunk in stream:
                 if self._interrupted:
                     raise KeyboardInterrupt
@@ -281,7 +286,7 @@ class _Chat:
                     finish = choice.finish_reason or finish
                     if delta := choice.delta.content:
                         parts.append(delta)
-                        shown = delta.translate(_CONTROLS) if sys.stdout.isatty() else delta
+                        shown = delta.translate(CONTROLS) if sys.stdout.isatty() else delta
                         print(shown, end="", flush=True)
         return finish
 
@@ -320,10 +325,10 @@ class _Chat:
         except OSError as error:
             if not self._told_unsaved:
                 self._told_unsaved = True
-                _say(f"Cannot save to {self._args.save}: {error.strerror}. The chat goes on.")
+                say(f"Cannot save to {self._args.save}: {error.strerror}. The chat goes on.")
 
 
-def _explain(error: APIError, url: str, *, begun: bool = False) -> str:
+def explain(error: APIError, url: str, *, begun: bool = False) -> str:
     """What went wrong and what to do about it, in words for the user."""
     import openai
 
@@ -352,10 +357,10 @@ def _explain(error: APIError, url: str, *, begun: bool = False) -> str:
     return str(said)
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     """Tell the user something that is not an answer: on stderr, dim on a terminal."""
     if sys.stderr.isatty():
-        text = text.translate(_CONTROLS)
+        text = text.translate(CONTROLS)
         if "NO_COLOR" not in os.environ:
             text = f"\x1b[2m{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)

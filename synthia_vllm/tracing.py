@@ -28,7 +28,7 @@ class Tracer:
         self._tracer = trace.get_tracer("synthia_vllm", __version__)
         self._context = tracecontext.TraceContextTextMapPropagator()
 
-    def begin(self, headers: Mapping[bytes, bytes], route: str) -> Span:
+    def begin(self, headers: Mapping[bytes, bytes], route: str, operation: str) -> Span:
         """The span of a request with these headers, which begins now."""
         from opentelemetry.trace import SpanKind, set_span_in_context
 
@@ -41,7 +41,11 @@ class Tracer:
             f"POST {route}",
             self._context.extract(carrier),
             SpanKind.SERVER,
-            {"http.request.method": "POST", "http.route": route, "gen_ai.operation.name": "chat"},
+            {
+                "http.request.method": "POST",
+                "http.route": route,
+                "gen_ai.operation.name": operation,
+            },
         )
         below: dict[str, str] = {}
         self._context.inject(below, set_span_in_context(span))

@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -48,7 +49,7 @@ from synthia_vllm.vllm_start import (
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
-    from synthia_vllm.engine import Sampling, Sink, Work
+    from synthia_vllm.engine import PromptLogprobs, Sampling, Sink, Work
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,11 @@ class VllmEngine:
             max_model_len=llm.model_config.max_model_len,
             vocab_size=llm.model_config.get_vocab_size(),
             longest_token=max(map(len, tokenizer.get_vocab())),
+            special_tokens={
+                token_id: str(self._token(token_id)) for token_id in tokenizer.all_special_ids
+            },
+            bos=tokenizer.bos_token,
+            eos=tokenizer.eos_token,
             max_logprobs=llm.model_config.max_logprobs,
             max_num_seqs=scheduler.max_num_seqs
             * llm.vllm_config.parallel_config.data_parallel_size,
@@ -183,6 +189,14 @@ class VllmEngine:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
 
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        loop = asyncio.get_running_loop()
+        decode = self._encoders[True].decode
+        text: str = await loop.run_in_executor(
+            self._threads, partial(decode, list(token_ids), skip_special_tokens=False)
+        )
+        return text
+
     @asynccontextmanager
     async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
         from vllm import TokensPrompt
@@ -195,7 +209,7 @@ class VllmEngine:
         # vLLM checks a ready-made input at once, here; of a raw one it makes a job for a thread
         # of its own, which is the place to compile somebody's JSON schema.
         make = tokens_input if work.sampling.json_schema is None else TokensPrompt
-        run = _Run(sink)
+        run = _Run(sink, work.on_prompt)
         try:
             try:
                 collector = await llm.add_request(
@@ -210,7 +224,7 @@ class VllmEngine:
                 raise _meaning(error, work) from error
             ids = list(llm.output_processor.external_req_ids.get(request_id, ()))  # vLLM internal
             self._on_runs(ids)
-            run.take_over(llm, collector, self._table)
+            run.take_over(llm, collector, self._table, work.sampling)
             try:
                 yield
             finally:
@@ -371,13 +385,14 @@ def _sampling_params(work: Work) -> Any:
         repetition_penalty=asked.repetition_penalty,
         seed=asked.seed,
         stop=list(asked.stop),
-        # The answer rule decides what of a stop string is sent; with it in the text vLLM holds
-        # nothing back, so a token is delivered when it is made and not four characters later.
-        include_stop_str_in_output=True,
+        # For chat the answer rule decides what of a stop string is sent; with it in the text vLLM
+        # holds nothing back: a token is delivered when it is made, not four characters later.
+        include_stop_str_in_output=asked.stop_in_text,
         max_tokens=asked.max_tokens,
         min_tokens=asked.min_tokens,
         ignore_eos=asked.ignore_eos,
         logprobs=asked.logprobs,
+        prompt_logprobs=asked.logprobs if work.on_prompt is not None else None,
         logit_bias=dict(asked.logit_bias) if asked.logit_bias else None,
         structured_outputs=structured,
         output_kind=RequestOutputKind.DELTA if work.deltas else RequestOutputKind.FINAL_ONLY,
@@ -392,14 +407,17 @@ class _Run:
     task of the request, which takes them out. Nothing would be left to do there.
     """
 
-    __slots__ = ("_sink", "_state", "over")
+    __slots__ = ("_on_prompt", "_sink", "_state", "over")
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, on_prompt: Callable[[PromptLogprobs], None] | None) -> None:
         self._sink = sink
+        self._on_prompt = on_prompt
         self._state: Any = None
         self.over = False
 
-    def take_over(self, llm: Any, collector: Any, table: Mapping[int, str]) -> None:
+    def take_over(
+        self, llm: Any, collector: Any, table: Mapping[int, str], asked: Sampling
+    ) -> None:
         """Stand in for `collector`, in which vLLM's output handler puts what it has.
 
         vLLM internal: `RequestOutputCollector.put`; for a request of one choice, its detokenizer;
@@ -410,7 +428,8 @@ class _Run:
 
         collector.put = self.put
         state = llm.output_processor.request_states.get(collector.request_id)
-        if state is not None and state.prompt_token_ids[-1] in table:
+        held_back = asked.stop and not asked.stop_in_text
+        if state is not None and state.prompt_token_ids[-1] in table and not held_back:
             own = state.detokenizer
             # With `min_tokens` stops are not looked for at first, which is vLLM's to know.
             if not own.token_ids and not own.min_tokens:
@@ -441,6 +460,9 @@ class _Run:
             return
         if output.finished:
             self.end()
+        if self._on_prompt is not None and output.prompt_logprobs:
+            self._on_prompt(output.prompt_logprobs)
+            self._on_prompt = None
         for choice in output.outputs:
             self._sink.put(choice, output.num_cached_tokens or 0)
 

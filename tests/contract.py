@@ -14,7 +14,7 @@ from synthia_vllm.engine import Sampling, Work
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from synthia_vllm.engine import Engine, Output
+    from synthia_vllm.engine import Engine, Output, PromptLogprobs
     from synthia_vllm.errors import ApiError
 
 PROMPT = "USER: What is the difference between an Orca, Dolphin and a Seal?\nASSISTANT:"
@@ -90,6 +90,16 @@ async def stop_is_the_end_of_the_text(engine: Engine) -> None:
     assert whole.text.count("USER:") == 1
 
 
+async def stop_can_be_held_back(engine: Engine) -> None:
+    """Without `stop_in_text` no beginning of a stop string gets out, in deltas or at once."""
+    inside = await outputs(engine, max_tokens=400, deltas=False)
+    before = inside[0].text.removesuffix("USER:")
+    streamed = await outputs(engine, max_tokens=400, stop_in_text=False)
+    [whole] = await outputs(engine, max_tokens=400, stop_in_text=False, deltas=False)
+    assert "".join(o.text for o in streamed) == whole.text == before
+    assert streamed[-1].stop_reason == whole.stop_reason == "USER:"
+
+
 async def choices_have_an_index(engine: Engine) -> None:
     """Each of `n` choices comes under its index and ends once."""
     seen = await outputs(engine, n=3, temperature=0.75, max_tokens=4)
@@ -108,6 +118,37 @@ async def logprobs_name_their_token(engine: Engine) -> None:
     for token, place in zip(tokens, places, strict=True):
         assert place[token].logprob <= 0
     assert all(o.logprobs is None for o in await outputs(engine, max_tokens=2))
+
+
+async def prompt_can_be_scored(engine: Engine) -> None:
+    """With `on_prompt` the prompt's log-probabilities come once, before the first output."""
+    tokens = await engine.tokenize(PROMPT)
+    for deltas in (True, False):
+        told: list[PromptLogprobs] = []
+        work = Work(
+            request_id="scored",
+            prompt_token_ids=tokens,
+            sampling=Sampling(max_tokens=2, temperature=0.0, logprobs=1),
+            deltas=deltas,
+            on_prompt=told.append,
+        )
+        async with aclosing(outputs_of(engine, work)) as found:
+            async for _ in found:
+                assert len(told) == 1
+        [(first, *others)] = told
+        assert first is None
+        for token, place in zip(tokens[1:], others, strict=True):
+            assert place is not None
+            assert place[token].logprob <= 0
+
+
+async def tokens_have_a_text(engine: Engine) -> None:
+    """What was tokenised is the text again; special tokens have their names."""
+    text = "USER: Où est l'orque? 鯨"
+    ids = await engine.tokenize(text)
+    assert (await engine.detokenize(ids[1:])).strip() == text
+    assert await engine.detokenize(ids[:1]) == engine.traits.bos == "<s>"
+    assert engine.traits.special_tokens[ids[0]] == engine.traits.bos
 
 
 async def leaving_is_allowed(engine: Engine) -> None:
@@ -134,7 +175,10 @@ CHECKS = [
     deltas_add_up,
     length_ends,
     stop_is_the_end_of_the_text,
+    stop_can_be_held_back,
     choices_have_an_index,
+    prompt_can_be_scored,
+    tokens_have_a_text,
     logprobs_name_their_token,
     leaving_is_allowed,
 ]

@@ -13,12 +13,12 @@ from prometheus_client import CollectorRegistry
 from synthia_vllm import __version__
 from synthia_vllm.metrics import Metrics
 from synthia_vllm.protocol import ChatRequest
-from synthia_vllm.settings import Settings
+from synthia_vllm.settings import Limits, Settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 API = (ROOT / "docs" / "api.md").read_text()
-README = (ROOT / "README.md").read_text()
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -46,9 +46,11 @@ def test_every_series_is_documented() -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    """The README's table has each key, and its default where it is a plain one."""
+    """The table of docs/configuration.md has each key, and each bound with its default."""
     for key in Settings.model_fields:
-        assert re.search(rf"\| .*`{key}[`.]", README), key
+        assert re.search(rf"\| .*`{key}[`.]", CONFIGURATION), key
+    for key, default in Limits():
+        assert f"| `limits.{key}` | {default:g} |" in CONFIGURATION, key
 
 
 def test_make_targets_of_the_readme_exist() -> None:

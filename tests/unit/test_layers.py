@@ -13,14 +13,16 @@ PACKAGE = Path(synthia_vllm.__file__).parent
 
 # Lowest first. A room imports only rooms above it in this list.
 ROOMS = [
-    "__init__", "errors", "prompt", "answer", "settings", "protocol", "metrics", "tracing", "logs",
-    "tenants", "shared", "transcript", "engine", "leash", "forkserver", "detokenizer",
-    "vllm_start", "vllm_engine", "fake", "chat", "sse", "service", "endpoint", "app", "connection",
-    "server", "workers", "demo_training", "demo", "terminal", "keys", "cli",
+    "__init__", "errors", "prompt", "answer", "settings", "protocol", "raw_protocol", "metrics",
+    "tracing", "logs", "tenants", "shared", "transcript", "engine", "leash", "forkserver",
+    "detokenizer", "vllm_start", "vllm_engine", "fake", "reply", "generation", "chat",
+    "completions", "sse", "service", "exchange", "endpoint", "workbench", "page", "app",
+    "connection", "server", "workers", "demo_training", "demo", "terminal", "rendering", "evaluate",
+    "keys", "cli",
 ]  # fmt: skip
 PURE = {
     "errors", "prompt", "answer", "tenants", "shared", "transcript", "engine", "detokenizer",
-    "fake", "chat",
+    "fake", "reply", "generation", "chat", "completions",
 }  # fmt: skip
 WEB = {"fastapi", "starlette", "uvicorn", "httpx", "aiohttp", "openai"}
 

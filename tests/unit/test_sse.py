@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from synthia_vllm.chat import Prepared, Reply
 from synthia_vllm.engine import Sampling, Work
 from synthia_vllm.errors import EngineDead
 from synthia_vllm.fake import FakeEngine, FakeOutput
 from synthia_vllm.metrics import BulkHistogram, Metrics
-from synthia_vllm.sse import Events, Outbox, Stream, stream_answer
+from synthia_vllm.reply import Piece, Prepared, Reply
+from synthia_vllm.sse import ChatEvents, Outbox, Stream, stream_answer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
-    from synthia_vllm.engine import Sink
+    from synthia_vllm.engine import Output, Sink
 
 
 @dataclass
@@ -39,6 +39,13 @@ class _Nobody:
     def put(self, *_: Any) -> None: ...
 
     def fail(self, *_: Any) -> None: ...
+
+
+class Heard:
+    """A choice whose answer is what the engine says."""
+
+    def take(self, output: Output) -> Piece:
+        return Piece(output.index, output.text, None, output.finish_reason, None)
 
 
 @dataclass
@@ -69,10 +76,10 @@ class Response:
         work = Work(
             request_id="x", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=9, n=self.n)
         )
-        prepared = Prepared(work, "m", True, False, 0, False, 0, 0, "")
-        reply = Reply(prepared, engine)
+        prepared = Prepared((work,), "m", stream=True, include_usage=False, question="")
+        reply = Reply(prepared, [Heard() for _ in range(self.n)])
         metrics = Metrics(CollectorRegistry())
-        events = Events("id", 0, "m", include_usage=False)
+        events = ChatEvents("id", 0, "m", include_usage=False)
         stream = Stream(reply, events, self.outbox, metrics.of("m"), arrived=0.0, write=self.write)
         task = asyncio.create_task(
             stream_answer(prepared, reply, engine, stream, send=self.send, headers=[], keepalive=0)

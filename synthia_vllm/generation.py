@@ -1,0 +1,128 @@
+"""What requests for chat and for raw text have in common: which model, how much, chosen how."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from synthia_vllm.engine import Sampling
+from synthia_vllm.errors import Forbidden, InvalidRequest, UnknownModel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from synthia_vllm.engine import Engine
+    from synthia_vllm.prompt import Preset
+    from synthia_vllm.protocol import GenerationRequest
+    from synthia_vllm.settings import Settings
+    from synthia_vllm.tenants import User
+
+
+def preset_of(model: str, settings: Settings, user: User) -> Preset | None:
+    """The preset that the served name `model` stands for.
+
+    Raises `UnknownModel`, and `Forbidden` if it is not for this user.
+    """
+    served = settings.served
+    if model not in served:
+        raise UnknownModel(model, tuple(served))
+    if user.models is not None and model not in user.models:
+        raise Forbidden(
+            f"You may not use {model}. Yours: {', '.join(sorted(user.models))}.",
+            param="model",
+            code="model_not_allowed",
+        )
+    return served[model]
+
+
+def answer_limit(asked: int | None, default: int, user: User) -> int:
+    """The tokens an answer may have. Raises `InvalidRequest` if the user may not have as many."""
+    ceiling = user.max_tokens
+    if ceiling is None:
+        return default if asked is None else asked
+    if asked is not None and asked > ceiling:
+        raise InvalidRequest(
+            f"`max_tokens` is {asked}; you may have at most {ceiling} tokens in an answer.",
+            param="max_tokens",
+            code="invalid_value",
+        )
+    return min(default, ceiling) if asked is None else asked
+
+
+def sampling_of(
+    request: GenerationRequest,
+    settings: Settings,
+    engine: Engine,
+    *,
+    max_tokens: int,
+    stop: tuple[str, ...],
+    stop_in_text: bool = True,
+    logprobs: int | None = None,
+    json_schema: Mapping[str, Any] | None = None,
+) -> Sampling:
+    """The engine's parameters: what the request says, else the server's defaults.
+
+    Raises `InvalidRequest`.
+    """
+    defaults = settings.sampling
+
+    def or_default(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    n = request.n or 1
+    temperature = or_default(request.temperature, defaults.temperature)
+    if n > settings.limits.max_n:
+        raise InvalidRequest(
+            f"`n` is {n}; this server gives at most {settings.limits.max_n} answers at once.",
+            param="n",
+            code="invalid_value",
+        )
+    if n > 1 and temperature == 0:
+        raise InvalidRequest(
+            "`n` must be 1 at temperature 0: all answers would be the same.",
+            param="n",
+            code="invalid_value",
+        )
+    if request.stream_options is not None and not request.stream:
+        raise InvalidRequest(
+            "`stream_options` needs `stream: true`.", param="stream_options", code="invalid_value"
+        )
+    min_tokens = request.min_tokens or 0
+    if min_tokens > max_tokens:
+        raise InvalidRequest(
+            f"`min_tokens` is {min_tokens}, but the answer can have at most {max_tokens} tokens.",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    return Sampling(
+        max_tokens=max_tokens,
+        n=n,
+        temperature=temperature,
+        top_p=or_default(request.top_p, defaults.top_p),
+        top_k=or_default(request.top_k, defaults.top_k),
+        min_p=or_default(request.min_p, defaults.min_p),
+        presence_penalty=or_default(request.presence_penalty, 0.0),
+        frequency_penalty=or_default(request.frequency_penalty, 0.0),
+        repetition_penalty=or_default(request.repetition_penalty, defaults.repetition_penalty),
+        seed=request.seed,
+        stop=stop,
+        stop_in_text=stop_in_text,
+        min_tokens=min_tokens,
+        ignore_eos=bool(request.ignore_eos),
+        logprobs=logprobs,
+        logit_bias=_logit_bias(request.logit_bias, engine.traits.vocab_size),
+        json_schema=json_schema,
+    )
+
+
+def _logit_bias(asked: Mapping[str, float] | None, vocab_size: int) -> dict[int, float] | None:
+    if not asked:
+        return None
+    bias = {int(token): value for token, value in asked.items()}
+    largest = max(bias)
+    if largest >= vocab_size:
+        raise InvalidRequest(
+            f"`logit_bias` names token {largest}; the model has {vocab_size} tokens, from 0.",
+            param="logit_bias",
+            code="invalid_value",
+        )
+    return bias

@@ -1,0 +1,208 @@
+"""One request for text, valid and ready to run, and the answers to it while they arrive.
+
+Both the streamed and the plain answer go through `Reply`, so they cannot differ.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from synthia_vllm.protocol import PromptTokensDetails, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from synthia_vllm.engine import Engine, Output, Sink, TokenLogprob, Work
+    from synthia_vllm.errors import ApiError
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request that is valid, tokenised, and fits the context."""
+
+    works: tuple[Work, ...]
+    """One for each prompt, all with the same sampling."""
+    model: str
+    """The served name the client asked for."""
+    stream: bool
+    include_usage: bool
+    question: str
+    """What the user said last, as it was sent."""
+    conversation: bool = True
+    """Whether question and answer are a turn of a conversation, to be kept as such."""
+    escaped_markers: int = 0
+    dropped_messages: int = 0
+
+    def submit(self, engine: Engine, sink: Sink) -> AbstractAsyncContextManager[None]:
+        """Run all of it while the context lasts, as `Engine.submit` does one work."""
+        if len(self.works) == 1:
+            return engine.submit(self.works[0], sink)
+        return self._submit_all(engine, sink)
+
+    @asynccontextmanager
+    async def _submit_all(self, engine: Engine, sink: Sink) -> AsyncGenerator[None, None]:
+        async with AsyncExitStack() as running:
+            for number, work in enumerate(self.works):
+                part = _Part(sink, number * work.sampling.n)
+                await running.enter_async_context(engine.submit(work, part))
+            yield
+
+
+@dataclass(slots=True)
+class _Moved:
+    """An `Output` under the index its choice has in the whole request."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[Mapping[int, TokenLogprob]] | None
+    finish_reason: str | None
+    stop_reason: int | str | None
+
+
+class _Part:
+    """The sink of one of several prompts."""
+
+    def __init__(self, sink: Sink, first: int) -> None:
+        self._sink = sink
+        self._first = first
+
+    def put(self, output: Output, cached_tokens: int) -> None:
+        moved = _Moved(
+            self._first + output.index,
+            output.text,
+            output.token_ids,
+            output.logprobs,
+            output.finish_reason,
+            output.stop_reason,
+        )
+        self._sink.put(moved, cached_tokens)
+
+    def fail(self, error: ApiError) -> None:
+        self._sink.fail(error)
+
+
+class Piece(NamedTuple):
+    """What one output, or several in a row, add to one choice's answer."""
+
+    choice: int
+    """Which of all choices, from 0; those of the first prompt come first."""
+    text: str
+    logprobs: list[Any] | None
+    finish_reason: str | None
+    """``stop`` or ``length`` with the last piece of the choice."""
+    stop_reason: int | str | None
+
+    def then(self, more: Piece) -> Piece:
+        """Both pieces as one."""
+        logprobs = self.logprobs
+        if logprobs is not None or more.logprobs is not None:
+            logprobs = [*(logprobs or ()), *(more.logprobs or ())]
+        return Piece(
+            self.choice, self.text + more.text, logprobs, more.finish_reason, more.stop_reason
+        )
+
+
+class Choice(Protocol):
+    """The rule for what of the engine's output is one answer."""
+
+    def take(self, output: Output) -> Piece | None:
+        """What `output` adds to the answer, if anything; no more after a piece with the end.
+
+        Raises `EngineFault` if the engine ended it for a reason that no client asked for.
+        """
+
+
+class Reply:
+    """The answers to one prepared request while they arrive, and the tokens they took."""
+
+    __slots__ = (
+        "_begun",
+        "_choices",
+        "_on_begin",
+        "_prepared",
+        "_texts",
+        "answer_tokens",
+        "began_at",
+        "cached_tokens",
+        "finish_reasons",
+        "open_choices",
+        "prompt_tokens",
+    )
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        choices: Sequence[Choice],
+        *,
+        began: Callable[[], None] = lambda: None,
+        keep_text: bool = False,
+    ) -> None:
+        self._prepared = prepared
+        self._choices: list[Choice | None] = list(choices)
+        self._begun = [False] * len(choices)
+        self._on_begin = began
+        self._texts: list[list[str]] | None = [[] for _ in choices] if keep_text else None
+        self.began_at: float | None = None
+        """When the first of the answer came, which is when the prompt had run."""
+        self.prompt_tokens = 0
+        """Of the prompts that have run."""
+        self.answer_tokens = 0
+        self.finish_reasons: list[str] = []
+        """One for each choice that has ended."""
+        self.cached_tokens = 0
+        self.open_choices = len(choices)
+        """Choices whose end has not come; at 0 the engine need not go on."""
+
+    def take(self, output: Output, cached_tokens: int) -> Piece | None:
+        """What `output` adds to its choice's answer, if anything. Raises `EngineFault`."""
+        index = output.index
+        if not self._begun[index]:
+            self._begin(index, cached_tokens)
+        self.answer_tokens += len(output.token_ids)
+        choice = self._choices[index]
+        if choice is None:
+            return None
+        piece = choice.take(output)
+        if piece is None:
+            return None
+        if piece.finish_reason is not None:
+            self._choices[index] = None
+            self.open_choices -= 1
+            self.finish_reasons.append(piece.finish_reason)
+        if self._texts is not None:
+            self._texts[index].append(piece.text)
+        return piece
+
+    def _begin(self, index: int, cached_tokens: int) -> None:
+        """The prompt of choice `index` has run, and with it all choices of that prompt begin."""
+        work = self._prepared.works[index // self._prepared.works[0].sampling.n]
+        n = work.sampling.n
+        first = index - index % n
+        self._begun[first : first + n] = [True] * n
+        self.prompt_tokens += len(work.prompt_token_ids)
+        self.cached_tokens += cached_tokens
+        if self.began_at is None:
+            self.began_at = time.perf_counter()
+            self._on_begin()
+
+    @property
+    def texts(self) -> list[str]:
+        """The answers so far, if they are kept."""
+        return ["".join(pieces) for pieces in self._texts or ()]
+
+    def usage(self) -> Usage:
+        """Counts of the tokens that ran."""
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.answer_tokens,
+            total_tokens=self.prompt_tokens + self.answer_tokens,
+            prompt_tokens_details=PromptTokensDetails(
+                cached_tokens=self.cached_tokens,
+                dropped_messages=self._prepared.dropped_messages,
+            ),
+        )
