@@ -10,6 +10,7 @@ import argparse
 import json
 import logging
 import os
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -70,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenize here with these files of transformers' (default: ask the server)",
     )
     parser.add_argument(
+        "--no-bos",
+        action="store_true",
+        help="prompts without the beginning-of-text token, as in the Leaderboard's harness of 2023;"
+        " default: with it, as in the harness's own in-process models of today",
+    )
+    parser.add_argument(
         "--include-path", metavar="DIR", help="also take tasks that are described in this directory"
     )
 
@@ -84,7 +91,12 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     tasks = [_task(text) for text in args.tasks]
     server = _server(args.url, args.model)
-    about = {"model": server["model"], "root": server["root"], "limit": args.limit}
+    about = {
+        "model": server["model"],
+        "root": server["root"],
+        "limit": args.limit,
+        "bos": not args.no_bos,
+    }
     _claim(args.output, about)
     done = []
     for number, (name, shots) in enumerate(tasks, 1):
@@ -101,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
         "harness": lm_eval.__version__,
         "server": server["versions"],
         "limit": args.limit,
+        "bos": not args.no_bos,
         "tasks": done,
         "average": sum(task["value"] for task in done) / len(done),
     }
@@ -139,8 +152,7 @@ def _server(url: str, model: str | None) -> dict[str, Any]:
         "model": model,
         "root": cards[model].get("root"),
         "context": context,
-        "versions": versions,
-        "key": key,
+        "versions": {"synthia-vllm": versions.pop("version", "?"), **versions},
     }
 
 
@@ -169,21 +181,17 @@ def _evaluate(
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    longest = args.max_length or min(server["context"] or _MAX_LENGTH, _MAX_LENGTH)
-    tokenizer = {"tokenizer_backend": "remote", "auth_token": server["key"]}
-    if args.tokenizer:
-        tokenizer = {"tokenizer_backend": "huggingface", "tokenizer": args.tokenizer}
+    model = harness_model(
+        args.url,
+        server["model"],
+        bos=not args.no_bos,
+        tokenizer=args.tokenizer,
+        num_concurrent=args.concurrency,
+        max_length=args.max_length or min(server["context"] or _MAX_LENGTH, _MAX_LENGTH),
+    )
     try:
         found = simple_evaluate(
-            model="local-completions",
-            model_args={
-                "model": server["model"],
-                "base_url": args.url.rstrip("/") + "/completions",
-                "num_concurrent": args.concurrency,
-                "max_length": longest,
-                "max_retries": 5,
-                **tokenizer,
-            },
+            model=model,
             tasks=[name],
             num_fewshot=shots,
             limit=args.limit,
@@ -207,6 +215,58 @@ def _evaluate(
     }
 
 
+def harness_model(
+    url: str, model: str, *, bos: bool = True, tokenizer: str | None = None, **options: Any
+) -> Any:
+    """The harness's own model for servers; `options` are its parameters.
+
+    But that with `bos` a prompt begins with that token, as with the harness's in-process models,
+    and that no text is tokenised twice in a row: the server is asked for each.
+    """
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    class Served(LocalCompletionsAPI):  # type: ignore[misc]
+        def tok_encode(
+            self,
+            string: str | list[str],
+            left_truncate_len: int | None = None,
+            add_special_tokens: bool | None = None,
+            **more: Any,
+        ) -> Any:
+            if not isinstance(string, str):
+                return [
+                    self.tok_encode(each, left_truncate_len, add_special_tokens, **more)
+                    for each in string
+                ]
+            wanted = bos if add_special_tokens is None else add_special_tokens
+            ids = list(self._ids_of(string))
+            if wanted and ids[:1] != self._bos:
+                ids = [*self._bos, *ids]
+            return ids[-left_truncate_len:] if left_truncate_len else ids
+
+        @lru_cache(maxsize=1024)  # noqa: B019  # as many as the questions of one model
+        def _ids_of(self, text: str) -> list[int]:
+            found: list[int] = super().tok_encode(text, add_special_tokens=False)
+            return found
+
+        @cached_property
+        def _bos(self) -> list[int]:
+            return [self.tokenizer.bos_token_id]
+
+    key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+    backend = {"tokenizer_backend": "remote", "auth_token": key}
+    if tokenizer is not None:
+        backend = {"tokenizer_backend": "huggingface", "tokenizer": tokenizer}
+    return Served(
+        model=model,
+        base_url=url.rstrip("/") + "/completions",
+        add_bos_token=bos,
+        max_retries=5,
+        **backend,
+        **options,
+    )
+
+
 def _metric(results: Mapping[str, Any]) -> tuple[str, str]:
     """The metric that stands for the task, and its key: the harness writes ``metric,filter``."""
     keys = [key for key, value in results.items() if "," in key and isinstance(value, float)]
@@ -227,6 +287,8 @@ def _table(report: Mapping[str, Any]) -> str:
     lines += [f"| {' | '.join(map(str, row))} |" for row in rows]
     below = ", ".join(f"{name} {version}" for name, version in report["server"].items())
     lines += ["", f"{report['model']}; lm-eval {report['harness']}; server: {below}."]
+    if not report["bos"]:
+        lines.append("Prompts without the beginning-of-text token.")
     if report["limit"]:
         lines.append(f"Only {report['limit']} questions of each task: a try, not a result.")
     return "\n".join(lines) + "\n"

@@ -100,7 +100,8 @@ def page(browser: Chrome) -> Iterator[Page]:
         entry["message"]
         for entry in browser.get_log("browser")
         # The browser's own note of a refusal, which the page tells the user itself.
-        if "Failed to load resource" not in entry["message"]
+        if entry["level"] in ("SEVERE", "WARNING")
+        and "Failed to load resource" not in entry["message"]
     ]
     assert complaints == []
 
