@@ -1,4 +1,5 @@
-# One virtual environment, .venv, made and kept up to date by whatever needs it.
+# One virtual environment, .venv, made and kept up to date by whatever needs it (and one beside it for
+# the clients that `make test` tries).
 #
 #   make serve                     serve the default model of this machine
 #   make serve ARGS="--port 8123"  ... with flags for `synthia-vllm serve`
@@ -36,7 +37,7 @@ help:
 serve: .venv/.engine-$(ENGINE)
 	@exec $(BIN)/synthia-vllm serve $(ARGS)
 
-test: .venv/.dev
+test: .venv/.dev .venv-clients/.clients
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-unit: .venv/.dev
@@ -72,7 +73,7 @@ bench: .venv/.bench
 	@$(BIN)/python benchmarks/edge.py --rounds 1
 
 clean:
-	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-clients build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/.python:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -102,6 +103,17 @@ clean:
 .venv/.dev: .venv/.engine-$(ENGINE)
 	@echo "[setup] installing the tools for tests and checks"
 	@$(PIP) install -e '.[dev]' | $(FETCHED)
+	@touch $@
+
+# Clients that the tests try. Some want older versions of what vLLM needs, so they have an
+# environment of their own, which finds the large packages in the first one.
+.venv-clients/.clients: .venv/.dev tests/clients/requirements.txt
+	@echo "[setup] installing clients of the API for the tests"
+	@$(BIN)/python -m venv --clear .venv-clients
+	@.venv-clients/bin/python -c 'import pathlib, sysconfig; here = pathlib.Path(sysconfig.get_path("purelib")); \
+		(here / "engine.pth").write_text(str(here).replace(".venv-clients", ".venv"))'
+	@.venv-clients/bin/python -m pip --disable-pip-version-check install --only-binary :all: \
+		-r tests/clients/requirements.txt 2>/dev/null | $(FETCHED)
 	@touch $@
 
 .venv/.bench: .venv/.engine-$(ENGINE)

@@ -24,7 +24,7 @@ from synthia_vllm.prompt import (
     render,
     tidy,
 )
-from synthia_vllm.reply import Piece, Prepared
+from synthia_vllm.reply import Piece, Prepared, wanted_usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -126,7 +126,7 @@ async def prepare(
         works=(work,),
         model=request.model,
         stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        usage=wanted_usage(request.stream_options),
         question=next((m.text for m in reversed(request.messages) if m.role == "user"), ""),
         escaped_markers=composed.escaped_markers,
         dropped_messages=composed.dropped_messages,

@@ -14,7 +14,7 @@ from synthia_vllm.engine import Work
 from synthia_vllm.errors import ContextOverflow, EngineFault, InvalidRequest
 from synthia_vllm.generation import answer_limit, preset_of, sampling_of
 from synthia_vllm.raw_protocol import DEFAULT_MAX_TOKENS, CompletionLogprobs
-from synthia_vllm.reply import Piece, Prepared
+from synthia_vllm.reply import Piece, Prepared, wanted_usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -103,7 +103,7 @@ async def prepare(
         works=tuple(works),
         model=request.model,
         stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        usage=wanted_usage(request.stream_options),
         question=question,
         conversation=False,
     ), list(choices)

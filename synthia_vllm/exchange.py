@@ -202,9 +202,7 @@ class _Exchange:
         )
         answer_id, created = f"{route.id_prefix}-{self.id}", int(time.time())
         if prepared.stream:
-            events = route.events(
-                answer_id, created, prepared.model, include_usage=prepared.include_usage
-            )
+            events = route.events(answer_id, created, prepared, reply)
             headers = self._headers(b"text/event-stream; charset=utf-8")
             headers.append((b"cache-control", b"no-cache"))
             headers.append((b"x-accel-buffering", b"no"))  # proxies: pass on each event at once

@@ -109,6 +109,8 @@ class StreamOptions(Shape):
     """Options of a streamed answer."""
 
     include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """vLLM's: with `include_usage`, every event has the counts so far. Benchmarks ask for it."""
 
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]

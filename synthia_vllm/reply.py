@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from synthia_vllm.protocol import PromptTokensDetails, Usage
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from synthia_vllm.engine import Engine, Output, Sink, TokenLogprob, Work
     from synthia_vllm.errors import ApiError
+    from synthia_vllm.protocol import StreamOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class Prepared:
     model: str
     """The served name the client asked for."""
     stream: bool
-    include_usage: bool
+    usage: Literal["never", "last", "each"]
+    """Which events of a stream have the token counts."""
     question: str
     """What the user said last, as it was sent."""
     conversation: bool = True
@@ -105,6 +107,13 @@ class Piece(NamedTuple):
         return Piece(
             self.choice, self.text + more.text, logprobs, more.finish_reason, more.stop_reason
         )
+
+
+def wanted_usage(options: StreamOptions | None) -> Literal["never", "last", "each"]:
+    """Which events of a stream shall have the token counts."""
+    if options is None or not options.include_usage:
+        return "never"
+    return "each" if options.continuous_usage_stats else "last"
 
 
 class Choice(Protocol):

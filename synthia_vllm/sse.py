@@ -40,14 +40,21 @@ _COMMENT: Final = b": waiting\n\n"  # not an event: clients pass over it
 class Events:
     """The events of one streamed answer: what they have in common."""
 
-    __slots__ = ("_head", "_tail")
+    __slots__ = ("_head", "_so_far", "_tail")
     kind: ClassVar[str]
 
-    def __init__(self, answer_id: str, created: int, model: str, *, include_usage: bool) -> None:
-        head = {"id": answer_id, "object": self.kind, "created": created, "model": model}
+    def __init__(self, answer_id: str, created: int, prepared: Prepared, reply: Reply) -> None:
+        head = {"id": answer_id, "object": self.kind, "created": created, "model": prepared.model}
         self._head = b"data: " + to_json(head)[:-1]
         # With usage asked for, OpenAI puts a null one in every event but the last.
-        self._tail = b',"usage":null}\n\n' if include_usage else b"}\n\n"
+        self._tail = b"}\n\n" if prepared.usage == "never" else b',"usage":null}\n\n'
+        self._so_far = reply.usage if prepared.usage == "each" else None
+
+    def tail(self) -> bytes:
+        """The end of an event with text."""
+        if self._so_far is None:
+            return self._tail
+        return b',"usage":%b}\n\n' % to_json(self._so_far())
 
     def piece(self, piece: Piece) -> bytes:
         """The event for one piece of an answer."""
@@ -64,8 +71,8 @@ class ChatEvents(Events):
     __slots__ = ("_greeted",)
     kind = "chat.completion.chunk"
 
-    def __init__(self, answer_id: str, created: int, model: str, *, include_usage: bool) -> None:
-        super().__init__(answer_id, created, model, include_usage=include_usage)
+    def __init__(self, answer_id: str, created: int, prepared: Prepared, reply: Reply) -> None:
+        super().__init__(answer_id, created, prepared, reply)
         self._greeted: set[int] = set()
 
     def piece(self, piece: Piece) -> bytes:
@@ -84,7 +91,7 @@ class ChatEvents(Events):
             delta,
             b"null" if logprobs is None else to_json({"content": logprobs}),
             end,
-            self._tail,
+            self.tail(),
         )
 
 
@@ -103,7 +110,7 @@ class TextEvents(Events):
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
-        return b'%b,"choices":[%b]%b' % (self._head, to_json(choice), self._tail)
+        return b'%b,"choices":[%b]%b' % (self._head, to_json(choice), self.tail())
 
 
 def error_event(error: ApiError) -> bytes:
@@ -313,7 +320,7 @@ async def stream_answer(
             raise
         chunk = error_event(error)
     else:
-        if prepared.include_usage:
+        if prepared.usage != "never":
             chunk += stream.events.usage(reply.usage())
         chunk += DONE
     finally:

@@ -70,6 +70,19 @@ def test_stream_is_the_plain_answer(server: Running) -> None:
     assert all(c.usage is None for c in chunks)
 
 
+def test_counts_with_every_event(server: Running) -> None:
+    """vLLM's `continuous_usage_stats`: each event counts the tokens so far; the last, all."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    found = events(post(server, BODY | {"stream": True, "stream_options": options}))
+    counts = [event["usage"]["completion_tokens"] for event in found]
+    assert counts == sorted(counts)
+    assert counts[0] < counts[-2] == counts[-1]
+    assert found[-1]["choices"] == []
+    alone = {"continuous_usage_stats": True}
+    for event in events(post(server, BODY | {"stream": True, "stream_options": alone})):
+        assert "usage" not in event
+
+
 def test_first_event_has_the_first_text(server: Running) -> None:
     """No event before the first text; that one brings the role. None is empty."""
     first, *others = events(post(server, BODY | {"stream": True}))

@@ -76,10 +76,10 @@ class Response:
         work = Work(
             request_id="x", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=9, n=self.n)
         )
-        prepared = Prepared((work,), "m", stream=True, include_usage=False, question="")
+        prepared = Prepared((work,), "m", stream=True, usage="never", question="")
         reply = Reply(prepared, [Heard() for _ in range(self.n)])
         metrics = Metrics(CollectorRegistry())
-        events = ChatEvents("id", 0, "m", include_usage=False)
+        events = ChatEvents("id", 0, prepared, reply)
         stream = Stream(reply, events, self.outbox, metrics.of("m"), arrived=0.0, write=self.write)
         task = asyncio.create_task(
             stream_answer(prepared, reply, engine, stream, send=self.send, headers=[], keepalive=0)

@@ -1,0 +1,249 @@
+"""Clients that people use, against the live server: each does what its users do."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import openai
+import pytest
+from pydantic import BaseModel
+from serving import Running, running
+
+from synthia_vllm.errors import EngineDead, Unavailable
+from synthia_vllm.fake import FakeEngine
+from synthia_vllm.tenants import new_key
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "tests" / "clients"
+CLIENTS = ROOT / ".venv-clients" / "bin"
+QUESTION = "What is the difference between an Orca, Dolphin and a Seal?"
+ASK: dict[str, Any] = {
+    "model": "synthia-demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0
+}  # fmt: skip
+# Nobody but the server is to be asked for anything.
+ALONE = {
+    **os.environ, "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "OPENAI_API_KEY": "none", "LANGSMITH_TRACING": "false",
+}  # fmt: skip
+
+
+class Animal(BaseModel):
+    """What an answer is made to fit."""
+
+    kind: Literal["cat", "dog"]
+    tame: bool
+
+
+def run(command: Sequence[object], **environment: str) -> str:
+    """What a client says; it must end well."""
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True, text=True, check=False, env={**ALONE, **environment}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def answer(live: Running) -> str:
+    """The greedy answer to the card's question."""
+    content = live.client.chat.completions.create(**ASK).choices[0].message.content
+    assert content
+    return content
+
+
+def test_openai(live: Running, answer: str) -> None:
+    """Plain, streamed, and with the helpers that put a stream together."""
+    client = live.client
+    streamed = client.chat.completions.create(**ASK, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == answer
+    with client.chat.completions.stream(**ASK) as stream:
+        deltas = [event.delta for event in stream if event.type == "content.delta"]
+        whole = stream.get_final_completion()
+    assert "".join(deltas) == whole.choices[0].message.content == answer
+    raw = client.completions.create(
+        model="synthia-demo", prompt=f"USER: {QUESTION}\nASSISTANT:", temperature=0, max_tokens=400,
+        stop="USER:",
+    )  # fmt: skip
+    assert raw.choices[0].text.strip() == answer
+    assert "synthia-demo-tot" in [model.id for model in client.models.list()]
+
+
+def test_openai_async(live: Running, answer: str) -> None:
+    """Many at once from one event loop."""
+
+    async def main() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
+
+            async def one(*, stream: bool) -> str:
+                if not stream:
+                    found = await client.chat.completions.create(**ASK)
+                    return found.choices[0].message.content or ""
+                text = ""
+                async for chunk in await client.chat.completions.create(**ASK, stream=True):
+                    text += chunk.choices[0].delta.content or ""
+                return text
+
+            return await asyncio.gather(*(one(stream=n % 2 == 0) for n in range(8)))
+
+    assert asyncio.run(main()) == [answer] * 8
+
+
+def test_openai_structured(live: Running) -> None:
+    """`.parse` gives an object of the class that was asked for, streamed too."""
+    ask = ASK | {"response_format": Animal, "messages": [{"role": "user", "content": "A cat?"}]}
+    parsed = live.client.chat.completions.parse(**ask).choices[0].message.parsed
+    assert isinstance(parsed, Animal)
+    with live.client.chat.completions.stream(**ask) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.parsed == parsed
+
+
+def test_openai_errors(live: Running) -> None:
+    """Each error is the client's own class for it, and says which field."""
+    client = live.client
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(**ASK | {"temperature": 3})
+    assert bad.value.param == "temperature"
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(**ASK | {"model": "gpt-4"})
+    assert unknown.value.code == "model_not_found"
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.01).chat.completions.create(**ASK)
+    with pytest.raises(openai.APIStatusError) as late:
+        client.chat.completions.create(**ASK, extra_headers={"X-Request-Timeout": "0.02"})
+    assert late.value.status_code == 504
+
+
+def _drain(client: openai.OpenAI, ask: dict[str, Any]) -> None:
+    """Ask more often than a limit of 60 a minute has room for."""
+    for _ in range(60):
+        client.chat.completions.create(**ask)
+
+
+class Busy(FakeEngine):
+    """An engine that is full twice, and then is not."""
+
+    def check(self) -> None:
+        super().check()
+        if len(self.seen) < 2:
+            self.seen.append(None)  # type: ignore[arg-type]
+            raise Unavailable("The server is full.", code="server_full", retry_after=0.01)
+
+
+def test_openai_retries(tmp_path: Path) -> None:
+    """The client tries again after 429 and 503, at the time that it is told; by itself."""
+    ask = {**ASK, "messages": [{"role": "user", "content": "Hi"}]}
+    key, hashed = new_key()
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"users:\n  ann:\n    keys: ['{hashed}']\n    requests_per_minute: 60\n")
+    with running(FakeEngine(), keys_file=file) as server:
+        where: dict[str, Any] = {"base_url": f"{server.url}/v1", "api_key": key}
+        with openai.OpenAI(**where, max_retries=0) as hasty:
+            for _ in range(60):
+                hasty.chat.completions.create(**ask)
+            with pytest.raises(openai.RateLimitError) as limited:
+                _drain(hasty, ask)
+        assert limited.value.code == "requests_per_minute"
+        with openai.OpenAI(**where, max_retries=3) as patient:
+            assert patient.chat.completions.create(**ask).choices[0].message.content == "Hello."
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="no") as stranger,
+            pytest.raises(openai.AuthenticationError),
+        ):
+            stranger.chat.completions.create(**ask)
+    with running(FakeEngine()) as server:
+        engine = server.engine
+        busy = Busy()
+        server.app.state.service.engine = busy
+        with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2) as client:
+            assert client.chat.completions.create(**ask).choices[0].message.content == "Hello."
+        busy.dead = True
+        with (
+            openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client,
+            pytest.raises(openai.InternalServerError) as dead,
+        ):
+            client.chat.completions.create(**ask)
+        assert dead.value.code == EngineDead().code
+        server.app.state.service.engine = engine
+
+
+def test_langchain(live: Running) -> None:
+    """langchain-openai: invoke, stream, batch, structured output, completions."""
+    assert run([CLIENTS / "python", SCRIPTS / "langchain.py", f"{live.url}/v1"]).strip()
+
+
+def test_litellm(live: Running, answer: str) -> None:
+    """litellm: plain, streamed, async, completions, an error."""
+    said = run([CLIENTS / "python", SCRIPTS / "lite.py", f"{live.url}/v1"])
+    assert said.splitlines()[-1] == answer
+
+
+def test_llm_in_the_terminal(live: Running, answer: str, tmp_path: Path) -> None:
+    """`llm`: a question, and the next one in the same conversation."""
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        f"- model_id: synthia\n  model_name: synthia-demo\n  api_base: {live.url}/v1\n"
+    )
+    ask = [CLIENTS / "llm", "-m", "synthia", "-o", "temperature", "0"]
+    assert run([*ask, QUESTION], LLM_USER_PATH=str(tmp_path)).strip() == answer
+    assert run([*ask, "--no-stream", "-c", "And a shark?"], LLM_USER_PATH=str(tmp_path)).strip()
+
+
+@pytest.mark.parametrize("backend", ["openai-chat", "openai"])
+def test_vllm_bench_serve(live: Running, demo: Path, tmp_path: Path, backend: str) -> None:
+    """vLLM's own benchmark: no request fails, and lengths are what it asks for."""
+    path = "/v1/chat/completions" if backend == "openai-chat" else "/v1/completions"
+    run([
+        sys.executable, SCRIPTS / "vllm_bench.py", "--backend", backend, "--endpoint", path,
+        "--base-url", live.url, "--model", demo, "--served-model-name", "synthia-demo",
+        "--dataset-name", "random", "--random-input-len", 32, "--random-output-len", 16,
+        "--num-prompts", 12, "--ignore-eos", "--save-result", "--result-dir", tmp_path,
+        "--result-filename", "result.json",
+    ])  # fmt: skip
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["failed"]) == (12, 0)
+    assert result["mean_ttft_ms"] > 0
+    if backend == "openai":  # no stop but its own
+        assert result["total_output_tokens"] == 12 * 16
+
+
+def test_guidellm(live: Running, demo: Path, tmp_path: Path) -> None:
+    """guidellm: no request fails, and it finds the counts that it reads."""
+    run([
+        CLIENTS / "guidellm", "run", "--disable-console",
+        "--backend", f"kind=openai_http,target={live.url},model=synthia-demo",
+        "--tokenizer", f"kind=hf_auto,model={demo}",
+        "--data", "kind=synthetic_text,prompt_tokens=32,output_tokens=16",
+        "--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=12",
+        "--output", f"kind=json,path={tmp_path / 'result.json'}",
+    ])  # fmt: skip
+    [benchmark] = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
+    requests = benchmark["requests"]
+    assert requests["errored"] == []
+    assert len(requests["successful"]) >= 12
+    assert all(request["output_metrics"]["text_tokens"] for request in requests["successful"])
+
+
+def test_table_of_clients() -> None:
+    """docs/clients.md names each client with the version that these tests run."""
+    page = (ROOT / "docs" / "clients.md").read_text()
+    named = dict(re.findall(r"(?m)^\| `([a-z-]+)[^|]*` \| ([0-9.]+) \|", page))
+    found = {name: version(name) for name in ("openai", "lm-eval")}
+    for line in run([CLIENTS / "python", "-m", "pip", "list", "--format=freeze"]).splitlines():
+        name, _, number = line.partition("==")
+        if name in ("langchain-openai", "litellm", "llm", "guidellm"):
+            found[name] = number
+    assert set(named) == {*found, "vllm"}
+    for name, number in found.items():
+        assert named[name].split(".")[0] == number.split(".")[0], (name, number)
