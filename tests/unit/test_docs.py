@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from synthia_vllm import __version__
 from synthia_vllm.metrics import Metrics
 from synthia_vllm.protocol import ChatRequest
+from synthia_vllm.raw_protocol import CompletionRequest, TokenizeRequest
 from synthia_vllm.settings import Limits, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +30,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_request_field_is_documented() -> None:
-    """docs/api.md names each field a chat request may have."""
-    for field in ChatRequest.model_fields:
-        assert f"`{field}`" in API, field
+    """docs/api.md names each field that requests may have."""
+    for request in (ChatRequest, CompletionRequest, TokenizeRequest):
+        for field in request.model_fields:
+            assert f"`{field}`" in API, field
 
 
 def test_every_series_is_documented() -> None:
@@ -60,7 +62,10 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert set(re.findall(r"(?m)(?:^ *|`)make ([a-z-]+)", page.read_text())) <= targets
 
 
-@pytest.mark.parametrize("command", [["--help"], ["serve", "--help"], ["chat", "--help"]])
+@pytest.mark.parametrize(
+    "command",
+    [["--help"], *([name, "--help"] for name in ("serve", "chat", "render", "eval"))],
+)
 def test_help(command: list[str]) -> None:
     """Each command has a help; those that do something have examples in it."""
     done = subprocess.run(
