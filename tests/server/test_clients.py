@@ -206,9 +206,9 @@ def test_vllm_bench_serve(live: Running, demo: Path, tmp_path: Path) -> None:
     Its backend for chat is run as docs/clients.md shows it.
     """
     run([
-        sys.executable, SCRIPTS / "vllm_bench.py", "--backend", "openai", "--endpoint", "/v1/completions",
-        "--base-url", live.url, "--model", demo, "--served-model-name", "synthia-demo",
-        "--dataset-name", "random", "--random-input-len", 32, "--random-output-len", 16,
+        sys.executable, SCRIPTS / "vllm_bench.py",
+        "--backend", "openai", "--endpoint", "/v1/completions", "--base-url", live.url,
+        "--model", demo, "--served-model-name", "synthia-demo", "--dataset-name", "random", "--random-input-len", 32, "--random-output-len", 16,
         "--num-prompts", 12, "--ignore-eos", "--save-result", "--result-dir", tmp_path,
         "--result-filename", "result.json",
     ])  # fmt: skip
