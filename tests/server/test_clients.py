@@ -208,7 +208,8 @@ def test_vllm_bench_serve(live: Running, demo: Path, tmp_path: Path) -> None:
     run([
         sys.executable, SCRIPTS / "vllm_bench.py",
         "--backend", "openai", "--endpoint", "/v1/completions", "--base-url", live.url,
-        "--model", demo, "--served-model-name", "synthia-demo", "--dataset-name", "random", "--random-input-len", 32, "--random-output-len", 16,
+        "--model", demo, "--served-model-name", "synthia-demo",
+        "--dataset-name", "random", "--random-input-len", 32, "--random-output-len", 16,
         "--num-prompts", 12, "--ignore-eos", "--save-result", "--result-dir", tmp_path,
         "--result-filename", "result.json",
     ])  # fmt: skip
