@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from synthia_vllm.answer import AnswerFilter
 from synthia_vllm.engine import Work
 from synthia_vllm.errors import ContextOverflow, EngineFault, InvalidRequest
-from synthia_vllm.generation import answer_limit, preset_of, sampling_of
+from synthia_vllm.generation import answer_limit, preset_of, require_possible, sampling_of
 from synthia_vllm.prompt import (
     TURN_STOP,
     Markers,
@@ -113,6 +113,7 @@ async def prepare(
     """
     composed = await compose(request, engine, settings, place.user)
     sampling = composed.sampling
+    require_possible(sampling.n, settings, place.user)
     work = Work(
         request_id=request_id,
         prompt_token_ids=composed.token_ids,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from synthia_vllm.chat import LEAST_LOGPROB
 from synthia_vllm.engine import Work
 from synthia_vllm.errors import ContextOverflow, EngineFault, InvalidRequest
-from synthia_vllm.generation import answer_limit, preset_of, sampling_of
+from synthia_vllm.generation import answer_limit, preset_of, require_possible, sampling_of
 from synthia_vllm.raw_protocol import DEFAULT_MAX_TOKENS, CompletionLogprobs
 from synthia_vllm.reply import Piece, Prepared, wanted_usage
 
@@ -63,6 +63,7 @@ async def prepare(
         stop_in_text=False,
         logprobs=request.logprobs,
     )
+    require_possible(len(prompts) * sampling.n, settings, place.user)
     scored = bool(request.echo) and request.logprobs is not None
     if scored:
         _check_scored(prompts, request.logprobs or 0, settings.limits.max_scored_tokens)

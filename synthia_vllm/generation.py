@@ -114,6 +114,23 @@ def sampling_of(
     )
 
 
+def require_possible(answers: int, settings: Settings, user: User) -> None:
+    """Raise `InvalidRequest` for a request with more answers than there will ever be places for.
+
+    Half of all places at most: to be told to come back later would be an endless errand.
+    """
+    most = max(1, settings.limits.max_requests // 2)
+    if user.concurrent_requests is not None:
+        most = min(most, user.concurrent_requests)
+    if answers > most:
+        raise InvalidRequest(
+            f"This request is for {answers} answers at once; you may have at most {most}. Send "
+            "fewer prompts, or a smaller `n`.",
+            param="n",
+            code="invalid_value",
+        )
+
+
 def _logit_bias(asked: Mapping[str, float] | None, vocab_size: int) -> dict[int, float] | None:
     if not asked:
         return None

@@ -24,7 +24,8 @@ MAX_PROMPTS: Final = 128
 DEFAULT_MAX_TOKENS: Final = 16
 """OpenAI's, and not the card's 1024: clients that know this route know that."""
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
 def _kind_of_prompt(value: Any) -> str | None:
@@ -132,7 +133,7 @@ class Tokens(BaseModel):
 class DetokenizeRequest(Shape):
     """The body of ``POST /detokenize``."""
 
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: list[TokenId]
     model: str | None = Field(None, max_length=256)
 
 

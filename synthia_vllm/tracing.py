@@ -1,4 +1,4 @@
-"""Spans of chat requests, for OpenTelemetry.
+"""Spans of requests for text, for OpenTelemetry.
 
 vLLM brings the exporter, and its engine makes spans of its own; those here are their parents and,
 where the client sends a ``traceparent``, children of the client's. Nothing in a span is anybody's

@@ -181,6 +181,8 @@ def test_parts_of_a_character() -> None:
         ({"prompt": [1, "a"]}, "prompt[1]", "integer"),
         ({"prompt": [-1]}, "prompt[0]", "greater"),
         ({"prompt": [32000]}, "prompt", "32000 tokens, from 0"),
+        ({"prompt": [[3, 10**30]]}, "prompt[0][1]", "less than"),
+        ({"prompt": ["a"] * 40, "n": 16}, "n", "640 answers at once"),
         ({"prompt": ["a"] * 129}, "prompt", "at most 128"),
         ({"prompt": {"a": 1}}, "prompt", "valid"),
         ({"prompt": "x" * 2100}, "prompt", "2048 tokens"),
