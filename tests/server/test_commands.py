@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {
     "docker", "docker and a GPU", "docker and a cluster", "a cluster", "a cluster with a GPU",
-    "half an hour", "the tasks' data, from the internet",
+    "minutes to an hour", "the tasks' data, from the internet",
 }  # fmt: skip
 # `make serve` is run for what it makes of its flags (test_process.py serves), `make test` is this.
 PRELUDE = """\
@@ -67,6 +67,11 @@ def test_every_block_is_seen() -> None:
     assert len(BLOCKS) == fences - others
     assert {block.needs for block in BLOCKS} - {""} <= NEEDS
     assert len(RUN) > 12
+    for page in PAGES:
+        hidden = re.findall(
+            r"(?m)^    +(?:\.venv/|synthia-vllm|make|curl|kubectl) .*", page.read_text()
+        )
+        assert hidden == [], page
 
 
 @pytest.mark.parametrize(
@@ -107,7 +112,7 @@ def _inline() -> list[tuple[str, list[str]]]:
     found = []
     for page in PAGES:
         for command in re.findall(
-            r"(?:`|^)(?:\.venv/bin/)?python (benchmarks/[^`\n]*)", page.read_text()
+            r"(?m)(?:`|^)(?:\.venv/bin/)?python (benchmarks/[^`\n#]*)", page.read_text()
         ):
             script, *words = command.split()
             found.append((script, [word.split("=")[0] for word in words if word.startswith("--")]))
