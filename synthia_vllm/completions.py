@@ -175,12 +175,11 @@ class _Text:
         self._echo = echo
         self._places = places
         self._silent = silent
-        self._scored: list[Entry] = []
+        self._scored: PromptLogprobs = ()
 
     def take_prompt(self, places: PromptLogprobs) -> None:
         """Note the prompt's log-probabilities, which go out with the first piece."""
-        if self._places is not None:
-            self._scored = self._places.of_prompt(places)
+        self._scored = places
 
     def take(self, output: Output) -> Piece | None:
         reason = output.finish_reason
@@ -189,7 +188,8 @@ class _Text:
         text, self._echo = self._echo, ""
         logprobs: list[Entry] | None = None
         if self._places is not None:
-            logprobs, self._scored = self._scored, []
+            logprobs = self._places.of_prompt(self._scored) if self._scored else []
+            self._scored = ()
         if self._silent:
             return Piece(output.index, text, logprobs, "length", None)
         text += output.text

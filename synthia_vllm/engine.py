@@ -72,8 +72,9 @@ class Work:
     trace_headers: Mapping[str, str] | None = None
     """W3C trace context that the engine's own spans are put below."""
     on_prompt: Callable[[PromptLogprobs], None] | None = None
-    """Called before the first output with the prompt's log-probabilities, as `Sampling.logprobs`
-    has those of the answer; as costly in memory as the prompt is long, and past the prefix cache.
+    """Called before the first output, as a `Sink` is, with the prompt's log-probabilities, of as
+    many tokens a place as `Sampling.logprobs`. It costs memory by the prompt's length, and the
+    prefix cache is not read.
     """
 
 

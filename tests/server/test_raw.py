@@ -102,6 +102,29 @@ def test_scores_do_not_depend_on_company(live: Running) -> None:
         assert third == pytest.approx(first, abs=1e-3)
 
 
+def test_choices_share_the_prompts_scores(live: Running) -> None:
+    """With `n` each choice has the prompt's log-probabilities, streamed too."""
+    asked: Any = {
+        "model": "synthia-demo", "prompt": [PROMPT, "USER: Hi"], "n": 2, "temperature": 1.0,
+        "echo": True, "logprobs": 1, "max_tokens": 3,
+    }  # fmt: skip
+    size = len(tokens_of(live, PROMPT))
+    plain = live.client.completions.create(**asked).choices
+    scores: dict[int, list[float | None]] = {n: [] for n in range(4)}
+    for chunk in live.client.completions.create(**asked, stream=True):
+        found = chunk.choices[0].logprobs
+        assert found is not None
+        scores[chunk.choices[0].index] += found.token_logprobs or []
+    for first, second in ((0, 1), (2, 3)):
+        prompts = [choice.logprobs.token_logprobs for choice in plain[first : second + 1]]
+        prompts += [scores[first], scores[second]]
+        shortest = min(map(len, prompts)) - 3
+        assert shortest > 2
+        for other in prompts[1:]:
+            assert other[1:shortest] == pytest.approx(prompts[0][1:shortest], abs=1e-3)
+    assert len(plain[0].logprobs.token_logprobs) > size
+
+
 def test_tokens_are_the_tokenizers(live: Running, demo: Path) -> None:
     """`/tokenize` and `/detokenize` are the model's own tokenizer, special tokens included."""
     from transformers import AutoTokenizer
