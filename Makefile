@@ -37,10 +37,10 @@ help:
 serve: .venv/.engine-$(ENGINE)
 	@exec $(BIN)/synthia-vllm serve $(ARGS)
 
-test: .venv/.dev .venv-clients/.clients
+test: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-unit: .venv/.dev
+test-unit: .venv/.dev .venv/.json-schema-suite
 	@$(BIN)/python -m pytest tests/unit $(ARGS)
 
 check: .venv/.dev
@@ -103,6 +103,15 @@ clean:
 .venv/.dev: .venv/.engine-$(ENGINE)
 	@echo "[setup] installing the tools for tests and checks"
 	@$(PIP) install -e '.[dev]' | $(FETCHED)
+	@touch $@
+
+# The official JSON Schema Test Suite, as the source package of `jsonschema` ships it.
+.venv/.json-schema-suite: .venv/.dev
+	@echo "[setup] fetching the JSON Schema Test Suite"
+	@rm -rf .venv/json-schema-suite && mkdir .venv/json-schema-suite
+	@$(PIP) download -q --no-deps --no-binary jsonschema -d .venv/json-schema-suite 'jsonschema==4.26.0'
+	@tar -xzf .venv/json-schema-suite/jsonschema-4.26.0.tar.gz -C .venv/json-schema-suite \
+		--strip-components=2 --wildcards '*/json/tests'
 	@touch $@
 
 # Clients that the tests try. Some want older versions of what vLLM needs, so they have an

@@ -8,7 +8,7 @@ text after it decides.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from synthia_vllm.prompt import TURN_STOP
 
@@ -49,7 +49,7 @@ class AnswerFilter:
             return self._end(text)
         sendable = text
         if text and (text[-1] in self._last or text[-1].isspace()):
-            sendable = text[: len(text) - self._undecided(text)].rstrip()
+            sendable = text[: len(text) - _undecided(text, self._stops)].rstrip()
         clean = sendable.lstrip() if self._leading else sendable
         if not clean:  # white space in front is kept too: a stop string may begin with it
             self._held = text
@@ -77,14 +77,42 @@ class AnswerFilter:
             return clean
         return text
 
-    def _undecided(self, text: str) -> int:
-        """The length of the longest end of `text` that may become a stop string."""
-        return max(
-            (
-                size
-                for stop in self._stops
-                for size in range(1, min(len(stop), len(text) + 1))
-                if text.endswith(stop[:size])
-            ),
-            default=0,
-        )
+
+class GrammarFilter:
+    """The same for an answer that a grammar rules, which also ends it: nothing is taken away.
+
+    It may have white space at its ends, and ``USER:`` in it. A request's own `stops` end it.
+    """
+
+    __slots__ = ("_held", "_stops")
+    ended: Final = False
+    skipped: Final = 0
+
+    def __init__(self, stops: Iterable[str] = ()) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """As `AnswerFilter.feed`."""
+        text = self._held + text
+        sure = len(text) - _undecided(text, self._stops)
+        self._held = text[sure:]
+        return text[:sure]
+
+    def finish(self, text: str = "", stop: str | None = None) -> str:
+        """As `AnswerFilter.finish`."""
+        text = self._held + text
+        return text if stop is None else text.removesuffix(stop)
+
+
+def _undecided(text: str, stops: Iterable[str]) -> int:
+    """The length of the longest end of `text` that may become one of `stops`."""
+    return max(
+        (
+            size
+            for stop in stops
+            for size in range(1, min(len(stop), len(text) + 1))
+            if text.endswith(stop[:size])
+        ),
+        default=0,
+    )

@@ -11,10 +11,16 @@ import codecs
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from synthia_vllm.answer import AnswerFilter
+from synthia_vllm.answer import AnswerFilter, GrammarFilter
 from synthia_vllm.engine import Work
-from synthia_vllm.errors import ContextOverflow, EngineFault, InvalidRequest
-from synthia_vllm.generation import answer_limit, preset_of, require_possible, sampling_of
+from synthia_vllm.errors import ContextOverflow, EngineFault, GrammarTooComplex, InvalidRequest
+from synthia_vllm.generation import (
+    answer_limit,
+    grammar_of,
+    preset_of,
+    require_possible,
+    sampling_of,
+)
 from synthia_vllm.prompt import (
     TURN_STOP,
     Markers,
@@ -37,11 +43,6 @@ if TYPE_CHECKING:
 
 # JSON has no infinity; OpenAI writes this for a token that cannot be.
 LEAST_LOGPROB: Final = -9999.0
-
-# vLLM's grammar compiler (xgrammar 0.2) took 1.1 s for 1,000 properties of one object, over 20 s
-# for 5,000, and 2.3 s for 10,000 enum values; repeats, ranges and patterns made it no slower.
-_MAX_SCHEMA_ENTRIES: Final = 3000
-_MAX_SCHEMA_TEXT: Final = 120_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ async def compose(request: ChatRequest, engine: Engine, settings: Settings, user
             "`top_logprobs` needs `logprobs: true`.", param="top_logprobs", code="invalid_value"
         )
     asked = answer_limit(_asked_tokens(request), settings.sampling.max_tokens, user)
+    grammar = grammar_of(request)
     text, token_ids, dropped = await _fit(messages, asked, engine, settings)
     return Composed(
         text,
@@ -88,9 +90,9 @@ async def compose(request: ChatRequest, engine: Engine, settings: Settings, user
             settings,
             engine,
             max_tokens=min(asked, engine.traits.max_model_len - len(token_ids)),
-            stop=(TURN_STOP, *request.own_stops),
+            stop=(*(() if grammar else (TURN_STOP,)), *request.own_stops),
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-            json_schema=_json_schema(request),
+            grammar=grammar,
         ),
         continued=continued and bool(messages[-1].content),
         escaped_markers=escaped,
@@ -134,7 +136,9 @@ async def prepare(
     )
     choices: list[Choice] = [
         _Answer(
-            AnswerFilter(request.own_stops, continued=composed.continued),
+            GrammarFilter(request.own_stops)
+            if sampling.grammar
+            else AnswerFilter(request.own_stops, continued=composed.continued),
             _Places(engine, sampling.logprobs) if sampling.logprobs is not None else None,
         )
         for _ in range(sampling.n)
@@ -207,51 +211,12 @@ def _asked_tokens(request: ChatRequest) -> int | None:
     return new or old
 
 
-def _json_schema(request: ChatRequest) -> dict[str, Any] | None:
-    wanted = request.response_format
-    if wanted is None or wanted.type == "text":
-        return None
-    if wanted.type == "json_object":
-        return {}
-    if wanted.json_schema is None:
-        raise InvalidRequest(
-            "`response_format.json_schema` is required with type 'json_schema'.",
-            param="response_format.json_schema",
-            code="missing_required_parameter",
-        )
-    schema = wanted.json_schema.schema_
-    _check_size(schema)
-    return schema
-
-
-def _check_size(schema: Mapping[str, Any]) -> None:
-    """Raise `InvalidRequest` for a schema too large to be compiled in a second or two."""
-    entries = text = 0
-    rest: list[Any] = [schema]
-    while rest:
-        value = rest.pop()
-        if isinstance(value, str):
-            text += len(value)
-        elif isinstance(value, dict | list):
-            entries += len(value)
-            rest += value
-            if isinstance(value, dict):
-                rest += value.values()
-        if entries > _MAX_SCHEMA_ENTRIES or text > _MAX_SCHEMA_TEXT:
-            raise InvalidRequest(
-                f"The JSON schema is too large: at most {_MAX_SCHEMA_ENTRIES} entries (of objects "
-                f"and lists, at all depths) and {_MAX_SCHEMA_TEXT} characters are taken.",
-                param="response_format.json_schema.schema",
-                code="invalid_value",
-            )
-
-
 class _Answer:
-    """One choice: the card's rule over what the engine says, and its log-probabilities."""
+    """One choice: the rule over what the engine says, and its log-probabilities."""
 
     __slots__ = ("_places", "_rule", "_sent")
 
-    def __init__(self, rule: AnswerFilter, places: _Places | None) -> None:
+    def __init__(self, rule: AnswerFilter | GrammarFilter, places: _Places | None) -> None:
         self._rule = rule
         self._places = places
         self._sent = 0  # characters of the answer that went out
@@ -266,7 +231,7 @@ class _Answer:
         elif reason in ("stop", "length"):
             text = rule.finish(output.text, stop if isinstance(stop, str) else None)
         else:
-            raise EngineFault
+            raise GrammarTooComplex if isinstance(rule, GrammarFilter) else EngineFault
         logprobs = None
         if self._places is not None:
             self._sent += len(text)

@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm.chat import LEAST_LOGPROB
 from synthia_vllm.engine import Work
-from synthia_vllm.errors import ContextOverflow, EngineFault, InvalidRequest
-from synthia_vllm.generation import answer_limit, preset_of, require_possible, sampling_of
+from synthia_vllm.errors import ContextOverflow, EngineFault, GrammarTooComplex, InvalidRequest
+from synthia_vllm.generation import (
+    answer_limit,
+    grammar_of,
+    preset_of,
+    require_possible,
+    sampling_of,
+)
 from synthia_vllm.raw_protocol import DEFAULT_MAX_TOKENS, CompletionLogprobs
 from synthia_vllm.reply import Piece, Prepared, wanted_usage
 
@@ -62,6 +68,7 @@ async def prepare(
         stop=tuple(request.own_stops),
         stop_in_text=False,
         logprobs=request.logprobs,
+        grammar=grammar_of(request),
     )
     require_possible(len(prompts) * sampling.n, settings, place.user)
     scored = bool(request.echo) and request.logprobs is not None
@@ -81,6 +88,7 @@ async def prepare(
                 if sampling.logprobs is not None
                 else None,
                 silent=silent,
+                ruled=sampling.grammar is not None,
             )
             for _ in range(sampling.n)
         ]
@@ -169,12 +177,13 @@ def _told(texts: Iterable[_Text]) -> Any:
 class _Text:
     """One choice: what the engine says as it is, after the prompt if that is to be echoed."""
 
-    __slots__ = ("_echo", "_places", "_scored", "_silent")
+    __slots__ = ("_echo", "_places", "_ruled", "_scored", "_silent")
 
-    def __init__(self, echo: str, places: _Places | None, *, silent: bool) -> None:
+    def __init__(self, echo: str, places: _Places | None, *, silent: bool, ruled: bool) -> None:
         self._echo = echo
         self._places = places
         self._silent = silent
+        self._ruled = ruled
         self._scored: PromptLogprobs = ()
 
     def take_prompt(self, places: PromptLogprobs) -> None:
@@ -184,7 +193,7 @@ class _Text:
     def take(self, output: Output) -> Piece | None:
         reason = output.finish_reason
         if reason not in (None, "stop", "length"):
-            raise EngineFault
+            raise GrammarTooComplex if self._ruled else EngineFault
         text, self._echo = self._echo, ""
         logprobs: list[Entry] | None = None
         if self._places is not None:

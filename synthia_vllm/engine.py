@@ -12,13 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractAsyncContextManager
 
     from synthia_vllm.errors import ApiError
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """Only text that it admits is generated, and where it ends, the answer does."""
+
+    kind: Literal["json", "regex", "grammar"]
+    """A JSON schema, a regular expression, or EBNF (Lark's, or GBNF)."""
+    text: str
+    param: str
+    """The field of the request that brought it, for errors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +54,7 @@ class Sampling:
     logprobs: int | None = None
     """How many of the most likely tokens to report at each place; `None` for no report at all."""
     logit_bias: Mapping[int, float] | None = None
-    json_schema: Mapping[str, Any] | None = None
-    """Only text that this JSON schema admits is generated; ``{}`` admits any JSON object."""
+    grammar: Grammar | None = None
 
 
 class TokenLogprob(Protocol):
@@ -132,7 +142,7 @@ class Sink(Protocol):
     """Where the outputs of one request go.
 
     Pushed and not pulled: all requests of the engine's step are served in one go, without a task
-    to wake up for each. Both methods are called on the event loop, return at once and never raise.
+    to wake up for each. The methods are called on the event loop, return at once and never raise.
     """
 
     def put(self, output: Output, cached_tokens: int) -> None:
@@ -143,6 +153,13 @@ class Sink(Protocol):
 
     def fail(self, error: ApiError) -> None:
         """Nothing more comes, because of `error`: `EngineDead` or `EngineFault`."""
+
+    def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
+        """The work ends before choice `index` is complete: so many `tokens` of it ran in all.
+
+        Without `deltas` that is the first that is heard of them. Of a choice whose prompt has not
+        run nothing is said.
+        """
 
 
 class Engine(Protocol):

@@ -7,6 +7,7 @@
     └── ApiError                a request gets this answer instead of text
         ├── InvalidRequest      400  the request asks for something it cannot have
         │   ├── ContextOverflow 400  the conversation does not fit the context
+        │   ├── GrammarTooComplex 400  the answer got to where its grammar costs too much
         │   ├── Unauthorized    401  no key, or none that is known
         │   ├── Forbidden       403  this user may not have that
         │   ├── UnknownModel    404
@@ -85,6 +86,17 @@ class ContextOverflow(InvalidRequest):
 
     def __init__(self, message: str, param: str = "messages") -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
+
+
+class GrammarTooComplex(InvalidRequest):
+    """The grammar of this answer got to where it costs more than one answer may."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The answer could not be finished: the schema or grammar is too complex to be enforced "
+            "where it had got to. Make it simpler.",
+            code="grammar_too_complex",
+        )
 
 
 class Unauthorized(InvalidRequest):

@@ -374,6 +374,10 @@ class _Whole:
         """End with `error`."""
         self._end(error)
 
+    def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
+        """Count what ran."""
+        self._reply.ran(index, tokens, cached_tokens)
+
     async def pieces(self) -> list[Piece]:
         """Each choice, whole. Raises what ended the request before."""
         await self._over.wait()

@@ -49,6 +49,8 @@ class FakeEngine:
 
     pieces: Sequence[str] = (" Hello", ".", "\nUSER:", " more")
     delay: float = 0.0
+    ends_with: str = "stop"
+    """The reason with which the last of `pieces` ends, where nothing else did."""
     fault: ApiError | None = None
     """Raised instead of the step number `fault_at`."""
     fault_at: int = 0
@@ -87,15 +89,18 @@ class FakeEngine:
     async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
         self.check()
         self.seen.append(work)
-        speaking = asyncio.create_task(self._speak(work, sink))
+        made: list[list[FakeOutput]] = []
+        speaking = asyncio.create_task(self._speak(work, sink, made))
         try:
             yield
         finally:
             if not speaking.done():
                 speaking.cancel()
                 self.aborted.append(work.request_id)
+                _tell(made, sink)
 
-    async def _speak(self, work: Work, sink: Sink) -> None:
+    async def _speak(self, work: Work, sink: Sink, made: list[list[FakeOutput]]) -> None:
+        """Say it, a step after the other; those that are `made` are told to be."""
         steps = self._steps(work)
         prompt = [{token: FakeLogprob()} for token in work.prompt_token_ids[1:]]
         try:
@@ -106,6 +111,7 @@ class FakeEngine:
                     raise self.fault
                 if position == 0 and work.on_prompt is not None:
                     work.on_prompt([None, *prompt])
+                made.append(step)
                 if work.deltas:
                     for output in step:
                         sink.put(output, 0)
@@ -113,6 +119,7 @@ class FakeEngine:
                 for choice in zip(*steps, strict=True):
                     sink.put(_joined(choice), 0)
         except Exception as error:
+            _tell(made, sink)
             sink.fail(error if isinstance(error, ApiError) else EngineFault())
 
     def _steps(self, work: Work) -> list[list[FakeOutput]]:
@@ -141,7 +148,7 @@ class FakeEngine:
                 reason = "length"
             spent += len(data)
             if reason is None and position == len(self.pieces):
-                reason = "stop"
+                reason = self.ends_with
             tokens = [FIRST_BYTE + byte for byte in data]
             logprobs = None
             if work.sampling.logprobs is not None:
@@ -170,6 +177,12 @@ class FakeEngine:
 
     def kill(self) -> None:
         self.dead = True
+
+
+def _tell(made: Sequence[Sequence[FakeOutput]], sink: Sink) -> None:
+    """Tell `sink` of all tokens of the steps that were made."""
+    for choice in zip(*made, strict=True):
+        sink.ran(choice[0].index, sum(len(output.token_ids) for output in choice), 0)
 
 
 def _joined(outputs: Sequence[FakeOutput]) -> FakeOutput:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
-from synthia_vllm.engine import Sampling
+from synthia_vllm.engine import Grammar, Sampling
 from synthia_vllm.errors import Forbidden, InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def sampling_of(
     stop: tuple[str, ...],
     stop_in_text: bool = True,
     logprobs: int | None = None,
-    json_schema: Mapping[str, Any] | None = None,
+    grammar: Grammar | None = None,
 ) -> Sampling:
     """The engine's parameters: what the request says, else the server's defaults.
 
@@ -93,6 +94,12 @@ def sampling_of(
             param="min_tokens",
             code="invalid_value",
         )
+    if min_tokens and grammar is not None:
+        raise InvalidRequest(
+            f"`min_tokens` goes with no `{grammar.param}`: the grammar ends the answer.",
+            param="min_tokens",
+            code="invalid_value",
+        )
     return Sampling(
         max_tokens=max_tokens,
         n=n,
@@ -107,11 +114,72 @@ def sampling_of(
         stop=stop,
         stop_in_text=stop_in_text,
         min_tokens=min_tokens,
-        ignore_eos=bool(request.ignore_eos),
+        ignore_eos=bool(request.ignore_eos) and grammar is None,
         logprobs=logprobs,
         logit_bias=_logit_bias(request.logit_bias, engine.traits.vocab_size),
-        json_schema=json_schema,
+        grammar=grammar,
     )
+
+
+def grammar_of(request: GenerationRequest) -> Grammar | None:
+    """The grammar that shall rule the answer, if any. Raises `InvalidRequest`.
+
+    Whether it can be enforced is for the engine to say.
+    """
+    wanted, own = request.response_format, request.structured_outputs
+    found: list[Grammar] = []
+    if wanted is not None and wanted.type == "json_object":
+        found.append(_json_grammar(None, "response_format"))
+    elif wanted is not None and wanted.type == "json_schema":
+        if wanted.json_schema is None:
+            raise InvalidRequest(
+                "`response_format.json_schema` is required with type 'json_schema'.",
+                param="response_format.json_schema",
+                code="missing_required_parameter",
+            )
+        schema = wanted.json_schema.schema_
+        found.append(_json_grammar(schema, "response_format.json_schema.schema"))
+    if own is not None:
+        if own.json_object:
+            found.append(_json_grammar(None, "structured_outputs.json_object"))
+        if own.json_ is not None:
+            found.append(_json_grammar(own.json_, "structured_outputs.json"))
+        if own.regex is not None:
+            found.append(Grammar("regex", own.regex, "structured_outputs.regex"))
+        if own.choice is not None:
+            # One regular expression: of alternatives in EBNF there may be 2,000.
+            texts = " | ".join(json.dumps(text) for text in own.choice)
+            text = f"start: CHOICE\nCHOICE: {texts}"
+            found.append(Grammar("grammar", text, "structured_outputs.choice"))
+        if own.grammar is not None:
+            found.append(Grammar("grammar", own.grammar, "structured_outputs.grammar"))
+        if not found:
+            raise InvalidRequest(
+                "`structured_outputs` needs one of `json`, `json_object`, `regex`, `choice`, "
+                "`grammar`.",
+                param="structured_outputs",
+                code="missing_required_parameter",
+            )
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"`{found[0].param}` and `{found[1].param}` cannot both rule the answer; send one.",
+            param=found[1].param,
+            code="invalid_value",
+        )
+    return found[0] if found else None
+
+
+def _json_grammar(schema: Mapping[str, Any] | str | None, param: str) -> Grammar:
+    """Any object, without a schema."""
+    if schema is None:
+        schema = {"type": "object"}
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema, allow_nan=False)
+    except ValueError:
+        raise InvalidRequest(
+            f"`{param}` has a number that is too large for JSON.", param=param, code="invalid_value"
+        ) from None
+    return Grammar("json", text, param)
 
 
 def require_possible(answers: int, settings: Settings, user: User) -> None:

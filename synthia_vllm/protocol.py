@@ -93,7 +93,7 @@ class JsonSchema(Shape):
     """The schema of `response_format`."""
 
     name: str = Field(max_length=64)
-    schema_: dict[str, Any] = Field(alias="schema", default_factory=dict)
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
     description: str | None = None
     strict: bool | None = None
 
@@ -103,6 +103,18 @@ class ResponseFormat(Shape):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Shape):
+    """vLLM's field for the same and more: exactly one of the first five rules the answer."""
+
+    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(None, min_length=1)
+    grammar: str | None = Field(None, min_length=1)
+    disable_any_whitespace: bool | None = None
+    """JSON is written without white space in any case, which both values admit."""
 
 
 class StreamOptions(Shape):
@@ -142,6 +154,8 @@ class GenerationRequest(Shape):
         dict[TokenId, Annotated[float, Field(ge=-100, le=100)]] | None,
         _at_most(MAX_LOGIT_BIASES),
     ] = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None
     """A label for the client's own bookkeeping; it asks nothing of the answer."""
 
@@ -159,7 +173,6 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
-    response_format: ResponseFormat | None = None
     continue_final_message: bool | None = None
     # Labels, as `user`.
     metadata: Annotated[dict[str, str] | None, _at_most(MAX_METADATA)] = None
@@ -192,6 +205,9 @@ _ELSEWHERE: Final[Elsewhere] = {
     "prediction": ("this server takes no predicted output", ()),
     "web_search_options": ("this server does not search the web", ()),
     "best_of": ("use `n`", (1,)),
+    "structural_tag": (_NO_TOOLS, ()),
+    "whitespace_pattern": ("JSON is written without white space here", ()),
+    "disable_additional_properties": ("say `additionalProperties: false` in the schema", (False,)),
     "echo": ("it belongs to completions, not to chat", (False,)),
     "chat_template": ("the prompt format is the server's, see its `format` setting", ()),
     "add_generation_prompt": ("a last message of the assistant is continued by itself", (True,)),

@@ -67,7 +67,6 @@ _COMPLETION_ELSEWHERE: Final[Elsewhere] = {
     "messages": (_RAW, ()),
     "max_completion_tokens": ("it is called `max_tokens` here", ()),
     "top_logprobs": ("`logprobs` is the number here", ()),
-    "response_format": ("/v1/chat/completions has it", ()),
     "prompt_logprobs": ("ask for `echo` with `logprobs`", ()),
     "add_special_tokens": ("send token ids for a prompt without <s>", (True,)),
 }

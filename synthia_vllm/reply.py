@@ -87,6 +87,9 @@ class _Part:
     def fail(self, error: ApiError) -> None:
         self._sink.fail(error)
 
+    def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
+        self._sink.ran(self._first + index, tokens, cached_tokens)
+
 
 class Piece(NamedTuple):
     """What one output, or several in a row, add to one choice's answer."""
@@ -135,7 +138,7 @@ class Reply:
         "_on_begin",
         "_prepared",
         "_texts",
-        "answer_tokens",
+        "_tokens",
         "began_at",
         "cached_tokens",
         "finish_reasons",
@@ -160,7 +163,7 @@ class Reply:
         """When the first of the answer came, which is when the prompt had run."""
         self.prompt_tokens = 0
         """Of the prompts that have run."""
-        self.answer_tokens = 0
+        self._tokens = [0] * len(choices)
         self.finish_reasons: list[str] = []
         """One for each choice that has ended."""
         self.cached_tokens = 0
@@ -172,7 +175,7 @@ class Reply:
         index = output.index
         if not self._begun[index]:
             self._begin(index, cached_tokens)
-        self.answer_tokens += len(output.token_ids)
+        self._tokens[index] += len(output.token_ids)
         choice = self._choices[index]
         if choice is None:
             return None
@@ -187,6 +190,12 @@ class Reply:
             self._texts[index].append(piece.text)
         return piece
 
+    def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
+        """As `Sink.ran`: tokens that ran are counted, whoever is there to read them."""
+        if not self._begun[index]:
+            self._begin(index, cached_tokens)
+        self._tokens[index] = tokens
+
     def _begin(self, index: int, cached_tokens: int) -> None:
         """The prompt of choice `index` has run, and with it all choices of that prompt begin."""
         work = self._prepared.works[index // self._prepared.works[0].sampling.n]
@@ -200,16 +209,22 @@ class Reply:
             self._on_begin()
 
     @property
+    def answer_tokens(self) -> int:
+        """Of all choices, so far."""
+        return sum(self._tokens)
+
+    @property
     def texts(self) -> list[str]:
         """The answers so far, if they are kept."""
         return ["".join(pieces) for pieces in self._texts or ()]
 
     def usage(self) -> Usage:
         """Counts of the tokens that ran."""
+        answer_tokens = self.answer_tokens
         return Usage(
             prompt_tokens=self.prompt_tokens,
-            completion_tokens=self.answer_tokens,
-            total_tokens=self.prompt_tokens + self.answer_tokens,
+            completion_tokens=answer_tokens,
+            total_tokens=self.prompt_tokens + answer_tokens,
             prompt_tokens_details=PromptTokensDetails(
                 cached_tokens=self.cached_tokens,
                 dropped_messages=self._prepared.dropped_messages,

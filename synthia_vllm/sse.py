@@ -220,6 +220,10 @@ class Stream:
         self._error = error
         self._wake_up()
 
+    def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
+        """Count what ran."""
+        self._reply.ran(index, tokens, cached_tokens)
+
     def flush(self) -> None:
         """Write what is kept; the last of it is the task's, which has more to say."""
         if self._direct is None or not self._kept or not self._reply.open_choices:

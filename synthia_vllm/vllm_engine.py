@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from synthia_vllm import metrics
 from synthia_vllm.detokenizer import TableDetokenizer, table
-from synthia_vllm.engine import Traits
+from synthia_vllm.engine import Grammar, Traits
 from synthia_vllm.errors import (
     ApiError,
     EngineDead,
@@ -34,6 +34,7 @@ from synthia_vllm.errors import (
     StartupError,
     Unavailable,
 )
+from synthia_vllm.grammar_checker import GrammarChecker
 from synthia_vllm.vllm_start import (
     CLOSING_SECONDS,
     Seat,
@@ -81,6 +82,7 @@ class VllmEngine:
         self._on_ran = on_ran
         self._llm: Any = None
         self._traits: Traits | None = None
+        self._grammars: GrammarChecker | None = None
         self._takes_priority = False
         self._closed = False
         self._numbers = itertools.count()
@@ -101,6 +103,11 @@ class VllmEngine:
         with plain_words():
             # A thread that lives as long as the process: the engine's processes are its children.
             await loop.run_in_executor(self._threads, self._start, progress)
+        self._grammars = self._grammar_checker()
+        try:
+            await self._grammars.check(Grammar("regex", "a", ""), 0)
+        except ApiError as error:
+            raise StartupError("The process that checks grammars does not start.") from error
         if self._seat is not None:
             for pid in self._seat.engine_pids:
                 ended = os.pidfd_open(pid)
@@ -135,6 +142,20 @@ class VllmEngine:
         self._look_around()
         # vLLM asks the environment for its switches with every token, unless told to remember.
         envs.enable_envs_cache()  # vLLM internal
+
+    def _grammar_checker(self) -> GrammarChecker:
+        """What checks grammars in place of vLLM, which would do so in this process.
+
+        vLLM internal: `InputProcessor.structured_outputs_config`, by which it checks.
+        """
+        llm = self._llm
+        llm.input_processor.structured_outputs_config = None
+        tokenizer = llm.get_tokenizer()
+        return GrammarChecker(
+            self._encoders[True].to_str(),
+            max(llm.model_config.get_vocab_size(), len(tokenizer)),
+            tokenizer.eos_token_id,
+        )
 
     def _look_around(self) -> None:
         """Learn what the loaded model and its tokenizer are."""
@@ -199,39 +220,37 @@ class VllmEngine:
 
     @asynccontextmanager
     async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
-        from vllm import TokensPrompt
         from vllm.inputs import tokens_input
 
         self.check()
         llm = self._llm
         # Two clients may send the same id; what is aborted by it must be ours alone.
         request_id = f"{work.request_id}-{next(self._numbers)}"
-        # vLLM checks a ready-made input at once, here; of a raw one it makes a job for a thread
-        # of its own, which is the place to compile somebody's JSON schema.
-        make = tokens_input if work.sampling.json_schema is None else TokensPrompt
+        if work.sampling.grammar is not None and self._grammars is not None:
+            await self._grammars.check(work.sampling.grammar, work.priority)
         run = _Run(sink, work.on_prompt)
         try:
             try:
                 collector = await llm.add_request(
                     request_id,
-                    make(prompt_token_ids=work.prompt_token_ids),
+                    tokens_input(prompt_token_ids=work.prompt_token_ids),
                     _sampling_params(work),
                     priority=work.priority if self._takes_priority else 0,
                     trace_headers=work.trace_headers,
                 )
             except Exception as error:
                 run.over = True
-                raise _meaning(error, work) from error
+                raise _meaning(error) from error
             ids = list(llm.output_processor.external_req_ids.get(request_id, ()))  # vLLM internal
             self._on_runs(ids)
-            run.take_over(llm, collector, self._table, work.sampling)
+            run.take_over(llm, request_id, collector, self._table, work.sampling)
             try:
                 yield
             finally:
                 self._on_ran(ids)
         finally:
             if not run.over:
-                run.end()
+                run.stop()
                 await llm.abort(request_id)
 
     def check(self) -> None:
@@ -270,6 +289,8 @@ class VllmEngine:
     async def close(self) -> None:
         self._closed = True
         self._unwatch()
+        if self._grammars is not None:
+            await self._grammars.close()
         llm, self._llm = self._llm, None
         if llm is None:
             self.kill()
@@ -368,12 +389,8 @@ def _sampling_params(work: Work) -> Any:
 
     asked: Sampling = work.sampling
     structured = None
-    if asked.json_schema is not None:
-        structured = (
-            StructuredOutputsParams(json=dict(asked.json_schema))
-            if asked.json_schema
-            else StructuredOutputsParams(json_object=True)
-        )
+    if asked.grammar is not None:
+        structured = StructuredOutputsParams(**{asked.grammar.kind: asked.grammar.text})
     return SamplingParams(
         n=asked.n,
         temperature=asked.temperature,
@@ -407,16 +424,23 @@ class _Run:
     task of the request, which takes them out. Nothing would be left to do there.
     """
 
-    __slots__ = ("_on_prompt", "_sink", "_state", "over")
+    __slots__ = ("_id", "_on_prompt", "_processor", "_sink", "_state", "over")
 
     def __init__(self, sink: Sink, on_prompt: Callable[[PromptLogprobs], None] | None) -> None:
         self._sink = sink
         self._on_prompt = on_prompt
+        self._processor: Any = None
+        self._id = ""
         self._state: Any = None
         self.over = False
 
     def take_over(
-        self, llm: Any, collector: Any, table: Mapping[int, str], asked: Sampling
+        self,
+        llm: Any,
+        request_id: str,
+        collector: Any,
+        table: Mapping[int, str],
+        asked: Sampling,
     ) -> None:
         """Stand in for `collector`, in which vLLM's output handler puts what it has.
 
@@ -426,6 +450,7 @@ class _Run:
         """
         from vllm.sampling_params import RequestOutputKind
 
+        self._processor, self._id = llm.output_processor, request_id
         collector.put = self.put
         state = llm.output_processor.request_states.get(collector.request_id)
         held_back = asked.stop and not asked.stop_in_text
@@ -455,7 +480,7 @@ class _Run:
         if self.over:
             return
         if isinstance(output, Exception):
-            self.end()
+            self.stop()
             self._sink.fail(_meaning(output))
             return
         if output.finished:
@@ -486,6 +511,23 @@ class _Run:
             self.end()
         self._sink.put(_Delta(text, token_ids, reason, stop_reason), state.num_cached_tokens)
 
+    def stop(self) -> None:
+        """End before the end: tell of the tokens that ran.
+
+        vLLM internal: the states of its `OutputProcessor`, which counts the same tokens in its
+        metrics; and of several choices the outputs that `ParentRequest` keeps until all are there.
+        """
+        processor = self._processor
+        ids = processor.external_req_ids.get(self._id, ()) if processor is not None else ()
+        for state in [processor.request_states[one] for one in ids]:
+            if not state.is_prefilling:
+                tokens = state.detokenizer.num_output_tokens()
+                self._sink.ran(state.request_index, tokens, state.num_cached_tokens)
+            for kept in state.parent_req.output_aggregator if state.parent_req is not None else ():
+                if kept is not None:
+                    self._sink.ran(kept.index, len(kept.token_ids), state.num_cached_tokens)
+        self.end()
+
     def end(self) -> None:
         """Pass on nothing more."""
         self.over = True
@@ -506,8 +548,8 @@ class _Delta:
     logprobs: ClassVar[None] = None
 
 
-def _meaning(error: Exception, work: Work | None = None) -> ApiError:
-    """The error of our tree that `error` of vLLM means; with `work`, of taking it on."""
+def _meaning(error: Exception) -> ApiError:
+    """The error of our tree that `error` of vLLM means."""
     from vllm.exceptions import GracefulHTTPError, VLLMClientError  # vLLM internal
     from vllm.v1.engine.exceptions import EngineDeadError  # vLLM internal
 
@@ -517,10 +559,7 @@ def _meaning(error: Exception, work: Work | None = None) -> ApiError:
         return EngineDead()
     if isinstance(error, GracefulHTTPError):
         return Unavailable("The server is full. Try again in a moment.", code="server_full")
-    schema = work is not None and work.sampling.json_schema is not None
-    if isinstance(error, VLLMClientError) or (schema and isinstance(error, ValueError)):
-        # All else was checked before; what only vLLM can judge is the schema.
-        param = "response_format" if schema else None
-        return InvalidRequest(str(error)[:500], param=param, code="invalid_value")
+    if isinstance(error, VLLMClientError):
+        return InvalidRequest(str(error)[:500], code="invalid_value")
     logger.error("a request failed in the engine", exc_info=error)
     return EngineFault()

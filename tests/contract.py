@@ -6,6 +6,7 @@ Each takes an engine that is started, on its event loop, and a prompt of its tok
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +21,32 @@ if TYPE_CHECKING:
 PROMPT = "USER: What is the difference between an Orca, Dolphin and a Seal?\nASSISTANT:"
 
 
-async def outputs_of(engine: Engine, work: Work) -> AsyncGenerator[Output, None]:
-    """Run `work`; its outputs as they come, to the end of the last choice."""
+async def outputs_of(
+    engine: Engine,
+    work: Work,
+    came: Counter[int] | None = None,
+    told: Counter[int] | None = None,
+) -> AsyncGenerator[Output, None]:
+    """Run `work`; its outputs as they come, to the end of the last choice.
+
+    `came` gets the tokens of each choice that were put out; `told` those that ran of one that is
+    left before its end.
+    """
     queue: asyncio.Queue[Output | ApiError] = asyncio.Queue()
 
     class Arrived:
         def put(self, output: Output, cached_tokens: int) -> None:
             assert 0 <= cached_tokens < len(work.prompt_token_ids)
             queue.put_nowait(output)
+            if came is not None:
+                came[output.index] += len(output.token_ids)
 
         def fail(self, error: ApiError) -> None:
             queue.put_nowait(error)
+
+        def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
+            if told is not None:
+                told[index] = tokens
 
     open_choices = work.sampling.n
     async with engine.submit(work, Arrived()):
@@ -170,6 +186,40 @@ async def leaving_is_allowed(engine: Engine) -> None:
     engine.check()
 
 
+async def what_ran_is_told_of_what_is_left(engine: Engine) -> None:
+    """Left before the end, streamed or not, a work says how many tokens of each choice ran."""
+    tokens = await engine.tokenize(PROMPT)
+    asked = Sampling(max_tokens=400, n=2, temperature=0.75)
+    plain = Work(request_id="plain", prompt_token_ids=tokens, sampling=asked, deltas=False)
+    of_plain: Counter[int] = Counter()
+    waiting = asyncio.ensure_future(anext(outputs_of(engine, plain, None, of_plain)))
+    work = Work(request_id="streamed", prompt_token_ids=tokens, sampling=asked)
+    came: Counter[int] = Counter()
+    told: Counter[int] = Counter()
+    async with aclosing(outputs_of(engine, work, came, told)) as steps:
+        async for _ in steps:
+            if min(came[0], came[1]) >= 3:  # the other one began before
+                break
+    assert told == came
+    waiting.cancel()
+    await asyncio.wait((waiting,))
+    assert set(of_plain) == {0, 1}
+    assert all(0 < ran < 400 for ran in of_plain.values())
+
+
+async def what_is_complete_is_not_told(engine: Engine) -> None:
+    """A work that came to its end has nothing to add to its outputs."""
+    tokens = await engine.tokenize(PROMPT)
+    told: Counter[int] = Counter()
+    for deltas in (True, False):
+        asked = Sampling(max_tokens=3)
+        work = Work(request_id="all", prompt_token_ids=tokens, sampling=asked, deltas=deltas)
+        async with aclosing(outputs_of(engine, work, None, told)) as steps:
+            async for _ in steps:
+                pass
+    assert not told
+
+
 CHECKS = [
     tokens_carry_the_text,
     deltas_add_up,
@@ -181,4 +231,6 @@ CHECKS = [
     tokens_have_a_text,
     logprobs_name_their_token,
     leaving_is_allowed,
+    what_ran_is_told_of_what_is_left,
+    what_is_complete_is_not_told,
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ import pytest
 from contract import CHECKS, PROMPT, outputs_of
 from serving import Running, wait_until
 
-from synthia_vllm.engine import Sampling, Work
+from synthia_vllm.engine import Grammar, Sampling, Work
 from synthia_vllm.errors import InvalidRequest, StartupError, Unavailable
 from synthia_vllm.vllm_engine import VllmEngine
 from synthia_vllm.vllm_start import check_model, check_options
@@ -97,14 +98,15 @@ def test_schema_that_cannot_be_is_a_400(live: Running, schema: dict[str, Any]) -
         work = Work(
             request_id="schema",
             prompt_token_ids=[1, 2],
-            sampling=Sampling(max_tokens=2, json_schema=schema),
+            sampling=Sampling(max_tokens=2, grammar=Grammar("json", json.dumps(schema), "here")),
         )
         async with aclosing(outputs_of(live.engine, work)) as steps:
             await anext(steps)
 
     with pytest.raises(InvalidRequest) as caught:
         live.run(refused())
-    assert caught.value.param == "response_format"
+    assert caught.value.param is not None
+    assert caught.value.param.startswith("here.")
 
 
 def test_special_tokens_in_text_are_text(live: Running) -> None:

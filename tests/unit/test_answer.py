@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthia_vllm.answer import AnswerFilter
+from synthia_vllm.answer import AnswerFilter, GrammarFilter
 
 # Text made of what matters: pieces of the marker, white space, and other things.
 PIECES = st.sampled_from(
@@ -126,3 +126,15 @@ def test_continued_answer_keeps_the_space_in_front(raw: str, cuts: list[int]) ->
     sent = [answer.feed(piece) for piece in splits(raw, cuts)]
     sent.append(answer.finish())
     assert "".join(sent) == raw.split("USER:")[0].rstrip()
+
+
+@given(TEXT, CUTS, st.sampled_from(["STOP", "\n", "R", " a"]))
+def test_a_grammars_answer_is_whole(raw: str, cuts: list[int], stop: str) -> None:
+    """Where a grammar rules, all that was said is the answer, up to a stop of the request's own."""
+    before, found, _ = raw.partition(stop)
+    rule = GrammarFilter([stop])
+    # The engine ends with the piece in which it finds the stop.
+    parts = [part for part in splits(before + found, cuts) if part] or [""]
+    sent = [rule.feed(part) for part in parts[:-1]]
+    assert not any(stop in text for text in sent)
+    assert "".join(sent) + rule.finish(parts[-1], stop if found else None) == before

@@ -168,11 +168,61 @@ def test_structured_outputs_reach_the_engine(server: Running) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
     for wanted, expected in (
         ({"type": "text"}, None),
-        ({"type": "json_object"}, {}),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, {"type": "object"}),
         ({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, schema),
     ):
         assert post(server, BODY | {"response_format": wanted}).status_code == 200
-        assert server.engine.seen[-1].sampling.json_schema == expected  # type: ignore[attr-defined]
+        grammar = server.engine.seen[-1].sampling.grammar  # type: ignore[attr-defined]
+        assert (grammar and json.loads(grammar.text)) == expected
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_vllms_structured_outputs_reach_the_engine(server: Running, path: str) -> None:
+    """vLLM's own field brings JSON, a regular expression, choices or EBNF, on both routes."""
+    schema = {"type": "object", "required": ["a"]}
+    for own, kind, text in (
+        ({"json": schema}, "json", json.dumps(schema)),
+        ({"json": json.dumps(schema)}, "json", json.dumps(schema)),
+        ({"json_object": True}, "json", '{"type": "object"}'),
+        ({"regex": "a+"}, "regex", "a+"),
+        ({"choice": ["a", 'b"\n']}, "grammar", 'start: CHOICE\nCHOICE: "a" | "b\\"\\n"'),
+        ({"grammar": 'start: "a"', "regex": None}, "grammar", 'start: "a"'),
+    ):
+        body = BODY if path.startswith("/v1/chat") else {"model": "synthia-demo", "prompt": "x"}
+        response = httpx.post(f"{server.url}{path}", json=body | {"structured_outputs": own})
+        assert response.status_code == 200, response.text
+        sampling = server.engine.seen[-1].sampling  # type: ignore[attr-defined]
+        assert (sampling.grammar.kind, sampling.grammar.text) == (kind, text)
+        assert sampling.stop == ()
+
+
+def test_a_grammar_ends_the_answer() -> None:
+    """With a grammar ``USER:`` is text like any other, and so is white space at the ends."""
+    said = (' {"a": "', "USER", ": b", '"}\n')
+    with running(FakeEngine(said)) as here:
+        for stream in (False, True):
+            body = BODY | {"structured_outputs": {"regex": "x"}, "ignore_eos": True}
+            for more, expected in (({}, "".join(said)), ({"stop": ["R: b"]}, ' {"a": "USE')):
+                response = post(here, body | {"stream": stream} | more)
+                if stream:
+                    deltas = [event["choices"][0]["delta"] for event in events(response)]
+                    assert "".join(delta.get("content", "") for delta in deltas) == expected
+                else:
+                    assert response.json()["choices"][0]["message"]["content"] == expected
+            assert here.engine.seen[-1].sampling.ignore_eos is False  # type: ignore[attr-defined]
+
+
+def test_a_grammar_that_cannot_be_followed_further_is_the_clients() -> None:
+    """The engine's word that a grammar is at its limits is a 400, in a stream an event."""
+    engine = FakeEngine((" a", " b"), ends_with="error")
+    with running(engine) as here:
+        body = BODY | {"response_format": {"type": "json_object"}}
+        response = post(here, body)
+        assert response.status_code == 400
+        assert response.json()["error"]["code"] == "grammar_too_complex"
+        assert "grammar_too_complex" in post(here, body | {"stream": True}).text
+        assert post(here, BODY).status_code == 500  # without a grammar it is the engine's fault
 
 
 def test_presets_by_model_name(server: Running) -> None:
@@ -247,25 +297,27 @@ def test_continued_answer() -> None:
         ({"logit_bias": {"x": 1}}, "logit_bias.x", "match"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_schema"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        ({"structured_outputs": {}}, "structured_outputs", "needs one of"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
         (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "x", "schema": {"enum": list(range(4000))}},
-                }
-            },
-            "response_format.json_schema.schema",
-            "3000 entries",
+            {"structured_outputs": {"regex": "a", "grammar": "b"}},
+            "structured_outputs.grammar",
+            "cannot both",
         ),
         (
-            {
-                "response_format": {
-                    "type": "json_schema",
-                    "json_schema": {"name": "x", "schema": {"const": "x" * 130_000}},
-                }
-            },
-            "response_format.json_schema.schema",
-            "120000 characters",
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs.regex",
+            "cannot both",
+        ),
+        (
+            {"structured_outputs": {"structural_tag": "{}"}},
+            "structured_outputs.structural_tag",
+            "tools",
+        ),
+        (
+            {"structured_outputs": {"regex": "a"}, "min_tokens": 1},
+            "min_tokens",
+            "the grammar ends the answer",
         ),
         ({"logit_bias": {"x": 1, **{str(i): 1 for i in range(2000)}}}, "logit_bias", "1024"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "16"),

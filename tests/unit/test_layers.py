@@ -14,7 +14,8 @@ PACKAGE = Path(synthia_vllm.__file__).parent
 # Lowest first. A room imports only rooms above it in this list.
 ROOMS = [
     "__init__", "errors", "prompt", "answer", "settings", "protocol", "raw_protocol", "metrics",
-    "tracing", "logs", "tenants", "shared", "transcript", "engine", "leash", "forkserver",
+    "tracing", "logs", "tenants", "shared", "transcript", "engine", "grammars", "grammar_checker",
+    "leash", "vllm_grammars", "forkserver",
     "detokenizer", "vllm_start", "vllm_engine", "fake", "reply", "generation", "chat",
     "completions", "sse", "service", "exchange", "endpoint", "workbench", "page", "app",
     "connection", "server", "workers", "demo_training", "demo", "terminal", "rendering", "evaluate",
@@ -59,7 +60,7 @@ def test_one_room_knows_vllm() -> None:
     """Only `vllm_start` and `vllm_engine` import vLLM."""
     for room in ROOMS:
         knows = any(name.split(".")[0] == "vllm" for name in imports(room))
-        assert knows == (room in {"vllm_start", "vllm_engine"})
+        assert knows == (room in {"vllm_start", "vllm_engine", "vllm_grammars"})
 
 
 def test_pure_rooms_know_no_web() -> None:
