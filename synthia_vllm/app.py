@@ -24,11 +24,12 @@ from synthia_vllm.errors import (
     ApiError,
     EngineDead,
     EngineFault,
-    InvalidRequest,
+    NoSuchRoute,
     Unavailable,
     UnknownModel,
 )
-from synthia_vllm.exchange import Endpoint, error_headers
+from synthia_vllm.exchange import Endpoint
+from synthia_vllm.http_errors import error_response, request_id
 from synthia_vllm.page import add_page
 from synthia_vllm.protocol import ChatCompletion, ChatRequest, ModelCard, ModelList
 from synthia_vllm.raw_protocol import (
@@ -41,6 +42,7 @@ from synthia_vllm.raw_protocol import (
     Tokens,
 )
 from synthia_vllm.service import Service
+from synthia_vllm.tenants import ANONYMOUS
 from synthia_vllm.workbench import add_workbench
 
 if TYPE_CHECKING:
@@ -91,6 +93,7 @@ def create_app(
         description="Synthia-7B-v3.0 behind an OpenAI-compatible API.",
         lifespan=lifespan,
         redoc_url=None,
+        redirect_slashes=False,  # a trailing slash is served, see `_Gate`
     )
     app.state.service = service
     app.endpoints = {route.path: Endpoint(service, route) for route in ROUTES}
@@ -100,7 +103,7 @@ def create_app(
     add_workbench(app, service)
     if settings.page:
         add_page(app)
-    _add_error_answers(app)
+    _add_error_answers(app, service)
     _describe_bodies(app)
     app.add_middleware(_Gate, service=service)
     return app
@@ -113,7 +116,7 @@ class _App(FastAPI):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
-            endpoint = self.endpoints.get(scope["path"])
+            endpoint = self.endpoints.get(scope["path"].rstrip("/"))
             if endpoint is not None:
                 await endpoint(scope, receive, send)
                 return
@@ -188,25 +191,47 @@ def _add_plain_routes(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_error_answers(app: FastAPI) -> None:
+def _add_error_answers(app: FastAPI, service: Service) -> None:
+    def told(request: Request, error: ApiError) -> Response:
+        """`error` as a response, counted."""
+        service.count_error(error, _route_of(request.scope))
+        return _response(error, request.scope)
+
     @app.exception_handler(ApiError)
-    async def api_error(_request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.envelope(), error.status, error_headers(error))
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return told(request, error)
 
     @app.exception_handler(Exception)
-    async def fault(_request: Request, _error: Exception) -> JSONResponse:
+    async def fault(request: Request, _error: Exception) -> Response:
         """A fault of the server's own; Starlette logs it."""
-        return JSONResponse(EngineFault().envelope(), 500)
+        return told(request, EngineFault())
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         """No such route, or not with this method."""
-        said = InvalidRequest(f"{request.method} {request.url.path[:200]}: {error.detail}.")
-        return JSONResponse(said.envelope(), error.status_code, error.headers)
+        said = told(request, NoSuchRoute(error.status_code, request.method, request.url.path))
+        said.headers.update(error.headers or {})
+        return said
+
+
+def _response(error: ApiError, scope: Scope) -> Response:
+    status, headers, body = error_response(error, request_id(dict(scope["headers"])))
+    response = Response(body, status)
+    response.raw_headers = headers
+    return response
+
+
+def _route_of(scope: Scope) -> str:
+    """The route's template: what clients write is no label."""
+    return getattr(scope.get("route"), "path", "other")
 
 
 class _Gate:
-    """Asks for a key, and counts; the routes for text do both themselves."""
+    """Asks for a key, and counts; the routes for text do both themselves.
+
+    HEAD is answered where GET is; so is OPTIONS of the probes, with which HAProxy asks. A trailing
+    slash changes nothing.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
@@ -219,6 +244,11 @@ class _Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        path = scope["path"].rstrip("/") or "/"
+        asks = scope["method"]
+        if asks == "HEAD" or (asks == "OPTIONS" and path in ("/health", "/ready")):
+            asks = "GET"  # uvicorn, which knows better, leaves the body out
+        scope = {**scope, "path": path, "method": asks}
         status = 500
 
         async def counted(message: Message) -> None:
@@ -227,19 +257,22 @@ class _Gate:
                 status = message["status"]
             await send(message)
 
-        tenants = self._service.tenants
         try:
-            if scope["path"] not in self._open:
-                key = dict(scope["headers"]).get(b"authorization")
-                scope.setdefault("state", {})["user"] = tenants.identify(key)
+            if path not in self._open:
+                scope.setdefault("state", {})["user"] = self._user(path, dict(scope["headers"]))
             await self._app(scope, receive, counted)
         except ApiError as error:
-            self._service.count_error(error, None)
-            refusal = JSONResponse(error.envelope(), error.status, error_headers(error))
-            await refusal(scope, receive, counted)
+            self._service.count_error(error, _route_of(scope))
+            await _response(error, scope)(scope, receive, counted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
-            self._service.metrics.requests.labels(route, "", str(status)).inc()
+            self._service.metrics.requests.labels(_route_of(scope), "", str(status)).inc()
+
+    def _user(self, path: str, headers: dict[bytes, bytes]) -> str:
+        key = headers.get(b"authorization")
+        listed = path in ("/v1/models", "/version") or path.startswith("/v1/models/")
+        if listed and key is None and self._service.settings.discovery == "open":
+            return ANONYMOUS
+        return self._service.tenants.identify(key)
 
 
 _BODIES: Final[dict[str, tuple[type[BaseModel], type[BaseModel], str]]] = {

@@ -7,24 +7,30 @@ timers that are set once per request: a token that is streamed costs nothing her
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Final
 
 import httptools
-from pydantic_core import to_json
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from synthia_vllm.errors import ApiError, InvalidRequest, Unavailable
+from synthia_vllm.http_errors import error_response, request_id
 from synthia_vllm.sse import WRITE
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle, Transport
     from collections.abc import Callable
 
+    from uvicorn._types import ASGISendEvent
+
 logger = logging.getLogger(__name__)
 
 _LINGER_SECONDS: Final = 1.0  # for a refused client to read why, and to hang up
+_LAST_LOOK_SECONDS: Final = 0.01
 _MAX_SURPLUS_BYTES: Final = 1 << 20  # sent by a client after all that will be read from it
 
 
@@ -66,15 +72,22 @@ class HeadersTooLarge(InvalidRequest):
 
 
 def guarded(
-    limits: ConnectionLimits, leaving: Callable[[], bool] = lambda: False
+    limits: ConnectionLimits,
+    *,
+    leaving: Callable[[], bool] = lambda: False,
+    on_error: Callable[[ApiError], None] = lambda _error: None,
 ) -> type[GuardedProtocol]:
     """The protocol with these limits, for ``uvicorn.Config(http=...)``.
 
-    While `leaving` says so, each response closes its connection.
+    While `leaving` says so, each response closes its connection. `on_error` is told of each error
+    that is answered here.
     """
 
     class Guarded(GuardedProtocol):
         _limits = limits
+
+        def _told(self, error: ApiError) -> None:
+            on_error(error)
 
         def _leaving(self) -> bool:
             return leaving()
@@ -95,7 +108,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self._limits.max_connections:
+        if len(self.connections) > self._limits.max_connections and not self._make_room():
             self.connections.discard(self)
             self._refuse(Unavailable("Too many connections are open.", code="too_many_connections"))
             return
@@ -148,6 +161,9 @@ class GuardedProtocol(HttpToolsProtocol):
             raise RuntimeError("headers too large")  # stops the parser
         if not self.parser.should_upgrade():
             super().on_headers_complete()
+            if self.scope["http_version"] == "1.0":
+                # Before its task runs; uvicorn makes it itself, and takes every client for a newer.
+                self.cycle.__class__ = _UnchunkedCycle
             if self._leaving():
                 self.cycle.keep_alive = False
 
@@ -180,11 +196,32 @@ class GuardedProtocol(HttpToolsProtocol):
         go through ASGI's `send`, which waits for it.
         """
         if not self.cycle.disconnected:
-            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            chunked = self.cycle.chunked_encoding
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
         return not self.flow.write_paused
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest(msg, code="invalid_http"))
+
+    def timeout_keep_alive_handler(self) -> None:
+        # A loop that stood still runs its timers before it reads what has come meanwhile: look once
+        # more. A request that has begun by then cancels this.
+        self.timeout_keep_alive_task = self.loop.call_later(
+            _LAST_LOOK_SECONDS, super().timeout_keep_alive_handler
+        )
+
+    def _make_room(self) -> bool:
+        """Close a connection that waits for its next request, if there is one."""
+        for other in self.connections:
+            if isinstance(other, GuardedProtocol) and other.timeout_keep_alive_task is not None:
+                other.timeout_keep_alive_task.cancel()
+                other.transport.close()
+                self.connections.discard(other)
+                return True
+        return False
+
+    def _told(self, error: ApiError) -> None:
+        """The client was told of `error`."""
 
     def _leaving(self) -> bool:
         """Whether clients had better open their next connection elsewhere."""
@@ -213,17 +250,12 @@ class GuardedProtocol(HttpToolsProtocol):
         if answered:
             self.transport.close()
             return
-        body = to_json(error.envelope())
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"connection", b"close"),
-        ]
-        if error.retry_after is not None:
-            headers.append((b"retry-after", b"%d" % math.ceil(error.retry_after)))
+        self._told(error)
+        known = dict(self.headers) if self.cycle is not None else {}
+        more = (*self.server_state.default_headers, (b"connection", b"close"))
+        status, headers, body = error_response(error, request_id(known), more)
         lines = b"".join(b"%s: %s\r\n" % header for header in headers)
-        self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + body)
+        self.transport.write(STATUS_LINE[status] + lines + b"\r\n" + body)
         # Only this side is closed, and what still comes is read and dropped: to close on unread
         # bytes resets the connection, and a reset can overtake the answer.
         self.transport.write_eof()
@@ -274,3 +306,19 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._was_closing = self.transport.is_closing()
         self._watch = self.loop.call_later(self._limits.stalled_seconds / 2, self._watch_closing)
+
+
+class _UnchunkedCycle(RequestResponseCycle):
+    """HTTP/1.0 knows no chunks: a body of unknown length ends with the connection."""
+
+    _endless = False
+
+    async def send(self, message: ASGISendEvent) -> None:
+        if message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            self._endless = b"content-length" not in names
+            if self._endless:
+                self.chunked_encoding = False
+        elif message["type"] == "http.response.body" and self._endless:
+            self.expected_content_length = len(message.get("body", b""))
+        await super().send(message)

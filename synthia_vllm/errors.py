@@ -11,6 +11,7 @@
         │   ├── Unauthorized    401  no key, or none that is known
         │   ├── Forbidden       403  this user may not have that
         │   ├── UnknownModel    404
+        │   ├── NoSuchRoute     404, or 405 with this method
         │   └── BodyTooLarge    413
         ├── RateLimited         429  this user's share is used up; come back later
         ├── Unavailable         503  not now: starting, draining or full; come back later
@@ -131,6 +132,19 @@ class UnknownModel(InvalidRequest):
             param="model",
             code="model_not_found",
         )
+
+
+class NoSuchRoute(InvalidRequest):
+    """Nothing is served under this path, or not with this method."""
+
+    def __init__(self, status: int, method: str, path: str) -> None:
+        known = status == 405
+        super().__init__(
+            f"{method[:20]} {path[:200]}: "
+            + ("not with this method." if known else "no such route; /docs lists them."),
+            code="method_not_allowed" if known else "not_found",
+        )
+        self.status = status  # type: ignore[misc]  # one class for both
 
 
 class BodyTooLarge(InvalidRequest):

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 import time
-import uuid
 from asyncio import FIRST_COMPLETED
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -24,10 +22,10 @@ from synthia_vllm.errors import (
     DeadlineExceeded,
     EngineFault,
     InvalidRequest,
-    Unavailable,
 )
+from synthia_vllm.http_errors import error_event, error_response, request_id
 from synthia_vllm.reply import Choice, Piece, Prepared, Reply
-from synthia_vllm.sse import WRITE, Events, Outbox, Stream, error_event, stream_answer
+from synthia_vllm.sse import WRITE, Events, Outbox, Stream, stream_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT: Final = 499  # as nginx counts it; never sent, for nobody is there to read it
-_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 _TIMEOUT: Final = "X-Request-Timeout"
 
 
@@ -137,7 +134,7 @@ class _Exchange:
         if service.tracer:
             self._span = service.tracer.begin(headers, route.path, route.operation)
         self._error: str | None = None
-        self.id = _request_id(headers)
+        self.id = request_id(headers)
         self._user: str | None = None
         self._place: Place | None = None
         self._prepared: Prepared | None = None
@@ -227,18 +224,21 @@ class _Exchange:
             whole = _Whole(reply)
             async with prepared.submit(service.engine, whole):
                 pieces = await whole.pieces()
-            answer = route.answer(answer_id, created, prepared.model, pieces, reply.usage())
-            await self._respond(200, to_json(answer))
+            answer = to_json(
+                route.answer(answer_id, created, prepared.model, pieces, reply.usage())
+            )
+            headers = self._headers(b"application/json")
+            headers.append((b"content-length", b"%d" % len(answer)))
+            await self._respond(200, headers, answer)
 
     async def refuse(self, error: ApiError) -> None:
         """Answer with `error`; as an event, if a stream has begun."""
-        self._service.count_error(error, self._user)
+        self._service.count_error(error, self._route.path, self._user)
         self._error = error.code
         if self._started:
             await self._send({"type": "http.response.body", "body": error_event(error)})
             return
-        headers = [(k.encode(), v.encode()) for k, v in error_headers(error).items()]
-        await self._respond(error.status, to_json(error.envelope()), headers)
+        await self._respond(*error_response(error, self.id, self._facts()))
 
     def record(self) -> None:
         """Count and log this exchange, whatever way it ended, and give its place back."""
@@ -310,7 +310,15 @@ class _Exchange:
         logger.info(self._route.operation, extra={"fields": fields})
 
     def _headers(self, content_type: bytes) -> list[tuple[bytes, bytes]]:
-        headers = [(b"content-type", content_type), (b"x-request-id", self.id.encode())]
+        return [
+            (b"content-type", content_type),
+            (b"x-request-id", self.id.encode()),
+            *self._facts(),
+        ]
+
+    def _facts(self) -> list[tuple[bytes, bytes]]:
+        """Headers that say something of the user and of the request."""
+        headers = []
         if self._user is not None:
             headers += self._service.tenants.headers(self._user)
         if self._prepared is not None and self._prepared.dropped_messages:
@@ -318,12 +326,7 @@ class _Exchange:
             headers.append((b"x-synthia-dropped-messages", dropped))
         return headers
 
-    async def _respond(
-        self, status: int, body: bytes, extra: list[tuple[bytes, bytes]] | None = None
-    ) -> None:
-        headers = self._headers(b"application/json")
-        headers.append((b"content-length", str(len(body)).encode()))
-        headers += extra or []
+    async def _respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:
         await self._sent({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
@@ -332,20 +335,6 @@ class _Exchange:
             self._started = True
             self.status = message["status"]
         await self._send(message)
-
-
-def error_headers(error: ApiError) -> dict[str, str]:
-    """The response headers that go with `error`."""
-    headers = {}
-    if error.retry_after is not None:
-        # Whole seconds by the standard; OpenAI's clients read the milliseconds first.
-        headers["retry-after"] = str(math.ceil(error.retry_after))
-        headers["retry-after-ms"] = str(math.ceil(1e3 * error.retry_after))
-    if error.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    if isinstance(error, Unavailable) and error.code == "draining":
-        headers["connection"] = "close"  # the next request finds another server
-    return headers
 
 
 class _Whole:
@@ -443,9 +432,3 @@ def _deadline(headers: dict[bytes, bytes], longest: float) -> float:
             code="invalid_value",
         )
     return min(seconds, longest)
-
-
-def _request_id(headers: dict[bytes, bytes]) -> str:
-    """The client's ``X-Request-Id``, if it is a sensible one, or a new id."""
-    value = headers.get(b"x-request-id", b"")
-    return str(value, "ascii") if _REQUEST_ID.fullmatch(value) else uuid.uuid4().hex

@@ -157,7 +157,7 @@ class Metrics:
             "Requests whose client left before the end; no model if it left before it was known",
             "model",
         )
-        self.errors = counter("errors", "Errors told to clients, in streams too", "code")
+        self.errors = counter("errors", "Errors told to clients, in streams too", "code", "route")
         self.user_tokens = counter(
             "user_tokens", "Tokens that ran, of users with a key", "user", "kind"
         )

@@ -57,7 +57,8 @@ class Server(uvicorn.Server):
                 receive_seconds=limits.receive_seconds,
                 stalled_seconds=limits.stalled_seconds,
             ),
-            lambda: service.phase == "leaving",
+            leaving=lambda: service.phase == "leaving",
+            on_error=lambda error: service.count_error(error, "other"),
         )
         super().__init__(
             uvicorn.Config(
@@ -70,6 +71,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,  # nothing here asks for the client's address
+                timeout_keep_alive=settings.keepalive_seconds,  # type: ignore[arg-type]  # a delay
                 timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             )
         )

@@ -120,10 +120,10 @@ class Service:
             code=self.phase,
         )
 
-    def count_error(self, error: ApiError, user: str | None) -> None:
-        """An error went to a client; `user` if it is known who that is."""
+    def count_error(self, error: ApiError, route: str, user: str | None = None) -> None:
+        """An error went to a client: on which route, and to whom, if that is known."""
         code = error.code or "other"
-        self.metrics.errors.labels(code).inc()
+        self.metrics.errors.labels(code, route).inc()
         if user is not None and error.status in (403, 429) and not self.tenants.open:
             self.metrics.user_refusals.labels(user, code).inc()
 

@@ -77,9 +77,11 @@ class Settings(_Section):
     answer_reserve: int = Field(256, ge=1)
     sampling: SamplingDefaults = SamplingDefaults()
     keys_file: Path | None = None
+    discovery: Literal["key", "open"] = "key"
     metrics: Literal["open", "key", "off"] = "open"
     limits: Limits = Limits()
     page: bool = True
+    keepalive_seconds: float = Field(3900.0, gt=0)
     sse_keepalive_seconds: float = Field(0.0, ge=0)
     transcripts: Transcript = Transcript()
     shutdown_delay_seconds: float = Field(0.0, ge=0)

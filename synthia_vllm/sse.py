@@ -17,6 +17,7 @@ from pydantic_core import to_json
 
 from synthia_vllm.completions import logprobs_of
 from synthia_vllm.errors import ApiError, EngineFault
+from synthia_vllm.http_errors import error_event
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,6 +36,11 @@ WRITE: Final = "synthia.write"
 DONE: Final = b"data: [DONE]\n\n"
 _GAPS_AT_ONCE: Final = 64  # some seconds of a stream: metrics are not later than a scrape
 _COMMENT: Final = b": waiting\n\n"  # not an event: clients pass over it
+
+
+def _json(value: Any) -> bytes:
+    """JSON in ASCII: some readers of events end lines at U+2028, U+2029 and U+0085, too."""
+    return to_json(value, ensure_ascii=True)
 
 
 class Events:
@@ -78,18 +84,18 @@ class ChatEvents(Events):
     def piece(self, piece: Piece) -> bytes:
         """The event for one piece of an answer."""
         index, text, logprobs, finish_reason, stop_reason = piece
-        delta = b'"content":' + to_json(text) if text else b""
+        delta = b'"content":' + _json(text) if text else b""
         if index not in self._greeted:  # with the first text, not before it
             self._greeted.add(index)
             delta = b'"role":"assistant",' + (delta or b'"content":""')
         end = b"null}]"
         if finish_reason is not None:
-            end = b'"%b","stop_reason":%b}]' % (finish_reason.encode(), to_json(stop_reason))
+            end = b'"%b","stop_reason":%b}]' % (finish_reason.encode(), _json(stop_reason))
         return b'%b,"choices":[{"index":%d,"delta":{%b},"logprobs":%b,"finish_reason":%b%b' % (
             self._head,
             index,
             delta,
-            b"null" if logprobs is None else to_json({"content": logprobs}),
+            b"null" if logprobs is None else _json({"content": logprobs}),
             end,
             self.tail(),
         )
@@ -110,12 +116,7 @@ class TextEvents(Events):
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
-        return b'%b,"choices":[%b]%b' % (self._head, to_json(choice), self.tail())
-
-
-def error_event(error: ApiError) -> bytes:
-    """The event that ends a stream which cannot go on; no ``[DONE]`` follows it."""
-    return b"data: %b\n\n" % to_json(error.envelope())
+        return b'%b,"choices":[%b]%b' % (self._head, _json(choice), self.tail())
 
 
 class Outbox:

@@ -41,6 +41,8 @@ ANSWER_COST: Final = 2
 # four fifths of them, and whoever comes next always finds some.
 _SHARE_OF_FREE: Final = 4
 
+_LONGEST_PROMISE: Final = 60.0  # seconds; the pace is a guess
+
 _KEY_PREFIX: Final = "sk-synthia-"
 _HASH_PREFIX: Final = "sha256:"
 
@@ -171,9 +173,16 @@ class Departures:
             self.gap = gap if self.gap is None else self.gap + 0.05 * (gap - self.gap)
         self._last = now if full else None
 
-    def wait(self, now: float) -> float:
-        """Seconds until a place is free for one more: each who asks is given a later one."""
-        self._promised = max(self._promised, now) + (1.0 if self.gap is None else self.gap)
+    def wait(self, now: float, places: int) -> float:
+        """Seconds until one of `places` that are taken is free for one more.
+
+        Each who asks is given a later time, until all places will have come free once; then it
+        begins anew, for those who ask are the same again, and too early.
+        """
+        gap = 1.0 if self.gap is None else self.gap
+        self._promised = max(self._promised, now) + gap
+        if self._promised - now > min(_LONGEST_PROMISE, gap * max(1, places)) + 1e-9:
+            self._promised = now + gap
         return self._promised - now
 
 
@@ -384,13 +393,23 @@ class Tenants(Users):
             raise RateLimited(
                 f"You may have {allowed} answers in the making at a time.",
                 code="concurrent_requests",
-                retry_after=account.departures.wait(now),
+                retry_after=account.departures.wait(now, account.in_flight),
             )
         free = self._max_requests - self.in_flight
+        if free < (places if self._ring is None else 1):
+            raise Unavailable(
+                "The server is full.",
+                code="server_full",
+                retry_after=self._departures.wait(now, self.in_flight),
+            )
+        # A door takes a 503 for a server that is gone: what is this user's alone is a 429.
         share = free if self._ring is None else _SHARE_OF_FREE * free - account.in_flight
         if places > min(free, share):
-            raise Unavailable(
-                "The server is full.", code="server_full", retry_after=self._departures.wait(now)
+            raise RateLimited(
+                f"You hold {account.in_flight} of the {self.in_flight} places in use, and those "
+                "that are left are for others, too.",
+                code="share_used_up",
+                retry_after=self._departures.wait(now, account.in_flight),
             )
         gap = self._departures.gap
         if self.in_flight < self._batch or gap is None:
@@ -401,7 +420,8 @@ class Tenants(Users):
         waiting = [other.weight for other in self._accounts.values() if other.waiting]
         wait = ahead * gap * max(1.0, sum(waiting) / user.weight)
         if wait > self._max_queue_seconds:
-            raise Unavailable(
+            refusal = Unavailable if self._ring is None else RateLimited
+            raise refusal(
                 f"You would wait about {wait:.0f} seconds for the first word; this server lets "
                 f"nobody wait longer than {self._max_queue_seconds:g}.",
                 code="queue_too_long",

@@ -10,6 +10,7 @@ vLLM internal: `StructuredOutputManager` and the backend it makes for ``guidance
 from __future__ import annotations
 
 import os
+import time
 from functools import lru_cache
 from typing import Any, Final
 
@@ -19,6 +20,12 @@ from synthia_vllm.grammars import LIMITS
 # Grammars kept compiled, a few megabytes each at most: the same few schemas come again and again,
 # and each of the `n` choices of a request wants its own copy.
 _COMPILED: Final = 64
+
+# Seconds of CPU that the masks of one answer may take: at first, and for each token. Everybody's
+# next token waits for all masks of a step. The median of JSONSchemaBench's is 0.01 ms, 99.9 % take
+# less than 0.3.
+_MASK_SECONDS: Final = 0.05
+_MASK_SECONDS_A_TOKEN: Final = 0.0005
 
 
 def bound() -> None:
@@ -35,10 +42,19 @@ def bound() -> None:
     )
 
     class BoundedGrammar(GuidanceGrammar):  # type: ignore[misc]
+        spare = _MASK_SECONDS
+
         def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
+            began = time.thread_time()
             # In an error the mask leaves nothing but the end of the text; which is not one.
             accepted = not self.ll_matcher.is_error() and super().accept_tokens(request_id, tokens)
-            return bool(accepted) and not self.ll_matcher.is_error()
+            self.spare += _MASK_SECONDS_A_TOKEN - (time.thread_time() - began)
+            return bool(accepted) and not self.ll_matcher.is_error() and self.spare > 0
+
+        def fill_bitmask(self, bitmask: Any, idx: int) -> None:
+            began = time.thread_time()
+            super().fill_bitmask(bitmask, idx)
+            self.spare -= time.thread_time() - began
 
         def check_error(self) -> None:
             """Log nothing: the message may have the answer's text in it."""

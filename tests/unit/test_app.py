@@ -807,7 +807,8 @@ def test_a_full_server_says_when_to_come_back() -> None:
             assert refused.json()["error"]["code"] == "server_full"
             assert int(refused.headers["retry-after"]) >= 1
         assert post(server, BODY | {"max_tokens": 5}).status_code == 200
-        assert server.value("synthia_errors_total", code="server_full") == 1
+        route = "/v1/chat/completions"
+        assert server.value("synthia_errors_total", code="server_full", route=route) == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from starlette.types import Receive, Scope, Send
 
+    from synthia_vllm.errors import ApiError
+
 LIMITS = ConnectionLimits(
     max_header_bytes=4096, max_connections=50, receive_seconds=30, stalled_seconds=30
 )
@@ -261,12 +263,17 @@ def holds(condition: Callable[[], object]) -> bool:
 
 @contextmanager
 def serving(
-    app: App, *, keep_alive: float = 30, send_buffer: int | None = None, **changes: Any
+    app: App,
+    *,
+    keep_alive: float = 30,
+    send_buffer: int | None = None,
+    on_error: Callable[[ApiError], None] = lambda _error: None,
+    **changes: Any,
 ) -> Iterator[Served]:
     """Serve `app` with `LIMITS` and `changes`."""
     config = uvicorn.Config(
         app,
-        http=guarded(replace(LIMITS, **changes)),
+        http=guarded(replace(LIMITS, **changes), on_error=on_error),
         loop="uvloop",
         lifespan="off",
         log_config=None,
@@ -487,8 +494,7 @@ def test_head_within_the_limit_passes() -> None:
 
 def test_too_many_connections() -> None:
     """One connection too many gets 503 at once and takes no place; a free place is used again."""
-    with serving(App(), max_connections=2) as served, served.client(GET) as first:
-        assert one(first).status == 200
+    with serving(App(), max_connections=2) as served, served.client() as first:
         with served.client():
             assert holds(lambda: served.open_connections == 2)
             for _ in range(5):
@@ -502,6 +508,66 @@ def test_too_many_connections() -> None:
         assert served.ask(CLOSE).status == 200
         first.sendall(GET)
         assert one(first).status == 200
+
+
+def test_an_idle_connection_gives_way() -> None:
+    """Kept-alive connections that wait for a next request lock nobody out."""
+    with (
+        serving(App(), max_connections=2) as served,
+        served.client(GET) as first,
+        served.client(GET) as second,
+    ):
+        assert one(first).status == one(second).status == 200
+        for _ in range(3):
+            assert served.ask(CLOSE).status == 200
+        assert holds(lambda: served.open_connections == 1)
+
+
+def test_what_is_told_here_is_counted() -> None:
+    """Each error that the protocol answers itself is told to `on_error`, with its request's id."""
+    told: list[str | None] = []
+    with serving(App(), on_error=lambda error: told.append(error.code)) as served:
+        for data in (b"nonsense\r\n\r\n", GET[:-2] + b"x: " + b"y" * 5000):
+            assert served.ask(data).headers["x-request-id"]
+    assert told == ["invalid_http", "headers_too_large"]
+
+
+def test_http_1_0_is_not_chunked() -> None:
+    """A client that knows no chunks gets the bare body, and its end by the connection's."""
+
+    class Parts(App):
+        async def answer(self, receive: Receive, send: Send) -> None:
+            await send(START)
+            for part in (b"one ", b"two ", b""):
+                more = {"body": part, "more_body": bool(part)}
+                await send({"type": "http.response.body", **more})
+
+    old = b"GET / HTTP/1.0\r\nconnection: keep-alive\r\n\r\n"
+    with serving(Parts()) as served:
+        reply = served.ask(old)
+        assert reply.body == b"one two "
+        assert "transfer-encoding" not in reply.headers
+        assert reply.headers["connection"] == "close"
+    with serving(App()) as served:
+        assert served.ask(old).body == b"fine"
+
+
+def test_a_request_that_has_come_keeps_its_connection() -> None:
+    """A loop that stood still past the idle time reads what came meanwhile before it closes."""
+
+    class Halting(App):
+        async def answer(self, receive: Receive, send: Send) -> None:
+            await respond(send, b"fine")
+            if len(self.requests) == 1:
+                asyncio.get_running_loop().call_later(0.05, time.sleep, 0.6)
+
+    app = Halting()
+    with serving(app, keep_alive=0.3) as served, served.client(GET) as client:
+        assert one(client).status == 200
+        time.sleep(0.2)  # the loop stands still, until after the idle time is over
+        client.sendall(GET)
+        assert one(client).status == 200
+        assert ended(client)  # idle now
 
 
 def test_refused_client_can_read_why(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,52 @@
+"""Errors as HTTP: the one place where an `ApiError` becomes a response, or an event of a stream."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from pydantic_core import to_json
+
+from synthia_vllm.errors import ApiError, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+Headers = list[tuple[bytes, bytes]]
+
+_REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
+
+
+def request_id(headers: Mapping[bytes, bytes]) -> str:
+    """The client's ``X-Request-Id``, if it is a sensible one, or a new id."""
+    value = headers.get(b"x-request-id", b"")
+    return str(value, "ascii") if _REQUEST_ID.fullmatch(value) else uuid.uuid4().hex
+
+
+def error_response(
+    error: ApiError, request_id: str, more: Iterable[tuple[bytes, bytes]] = ()
+) -> tuple[int, Headers, bytes]:
+    """Status, headers (with `more`) and body of the response that tells `error`."""
+    body = to_json(error.envelope(), ensure_ascii=True)
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"x-request-id", request_id.encode()),
+        *more,
+    ]
+    if error.retry_after is not None:
+        # Whole seconds by the standard; OpenAI's clients read the milliseconds first.
+        headers.append((b"retry-after", b"%d" % math.ceil(error.retry_after)))
+        headers.append((b"retry-after-ms", b"%d" % math.ceil(1e3 * error.retry_after)))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if isinstance(error, Unavailable) and error.code == "draining":
+        headers.append((b"connection", b"close"))  # the next request finds another server
+    return error.status, headers, body
+
+
+def error_event(error: ApiError) -> bytes:
+    """The event that ends a stream which cannot go on; no ``[DONE]`` follows it."""
+    return b"data: %b\n\n" % to_json(error.envelope(), ensure_ascii=True)
