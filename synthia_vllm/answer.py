@@ -8,12 +8,13 @@ text after it decides.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
 from synthia_vllm.prompt import TURN_STOP
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
 
 class AnswerFilter:
@@ -23,33 +24,43 @@ class AnswerFilter:
     looks away while `min_tokens` is not reached. A request's own `stops` are found by the
     engine, which then ends the text with the one it found; here they are only never let out.
 
+    Stops of nothing but white space, `blank`, are found here, too: the white space in front of an
+    answer is no part of it, and the engine would stop there.
+
     A continued answer (the client sent its beginning) keeps the white space in front, which
     stands between the client's text and ours.
     """
 
-    __slots__ = ("_held", "_last", "_leading", "_stops", "ended", "skipped")
+    __slots__ = ("_blank", "_held", "_last", "_leading", "_stops", "ended", "skipped")
 
-    def __init__(self, stops: Iterable[str] = (), *, continued: bool = False) -> None:
-        self._stops = (TURN_STOP, *stops)
+    def __init__(
+        self, stops: Iterable[str] = (), *, blank: Sequence[str] = (), continued: bool = False
+    ) -> None:
+        self._stops = _beginnings((TURN_STOP, *stops))
         # The last characters of all beginnings of stops: most text ends in none of them.
-        self._last = frozenset(char for stop in self._stops for char in stop[:-1])
+        self._last = self._stops.last
+        self._blank = blank
         self._held = ""
         self._leading = not continued
         self.skipped = 0
         """Characters of white space in front that are not part of the answer."""
-        self.ended = False
-        """The answer is complete; whatever the engine still says is not part of it."""
+        self.ended: str | None = None
+        """The stop found here: the answer is complete, whatever the engine still says."""
 
     def feed(self, text: str) -> str:
         """Take the next piece of raw text; return what can be sent now, often ``""``."""
-        if self.ended:
+        if self.ended is not None:
             return ""
         text = self._held + text
         if TURN_STOP in text:
-            return self._end(text)
+            return self._end(text, TURN_STOP)
+        if self._blank:
+            found = self._find_blank(text)
+            if found is not None:
+                return self._end(text[: found[0]], found[1])
         sendable = text
         if text and (text[-1] in self._last or text[-1].isspace()):
-            sendable = text[: len(text) - _undecided(text, self._stops)].rstrip()
+            sendable = text[: len(text) - self._stops.undecided(text)].rstrip()
         clean = sendable.lstrip() if self._leading else sendable
         if not clean:  # white space in front is kept too: a stop string may begin with it
             self._held = text
@@ -62,13 +73,23 @@ class AnswerFilter:
 
     def finish(self, text: str = "", stop: str | None = None) -> str:
         """Take the last piece; `stop` is the stop string the engine found at its very end."""
-        if self.ended:
+        if self.ended is not None:
             return ""
         text = self._held + text
-        return self._end(text if stop is None else text.removesuffix(stop))
+        if self._blank and TURN_STOP not in text:
+            found = self._find_blank(text)
+            if found is not None:
+                return self._end(text[: found[0]], found[1])
+        return self._end(text if stop is None else text.removesuffix(stop), stop or "")
 
-    def _end(self, text: str) -> str:
-        self.ended = True
+    def _find_blank(self, text: str) -> tuple[int, str] | None:
+        """Where the first blank stop after the answer's beginning is, and which."""
+        first = len(text) - len(text.lstrip()) if self._leading else 0
+        found = [(text.find(stop, first), stop) for stop in self._blank]
+        return min(((at, stop) for at, stop in found if at >= 0), default=None)
+
+    def _end(self, text: str, stop: str) -> str:
+        self.ended = stop
         self._held = ""
         text = text.split(TURN_STOP, 1)[0].rstrip()
         if self._leading:
@@ -85,17 +106,17 @@ class GrammarFilter:
     """
 
     __slots__ = ("_held", "_stops")
-    ended: Final = False
+    ended: Final = None
     skipped: Final = 0
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
-        self._stops = tuple(stops)
+        self._stops = _beginnings(tuple(stops))
         self._held = ""
 
     def feed(self, text: str) -> str:
         """As `AnswerFilter.feed`."""
         text = self._held + text
-        sure = len(text) - _undecided(text, self._stops)
+        sure = len(text) - self._stops.undecided(text)
         self._held = text[sure:]
         return text[:sure]
 
@@ -105,14 +126,25 @@ class GrammarFilter:
         return text if stop is None else text.removesuffix(stop)
 
 
-def _undecided(text: str, stops: Iterable[str]) -> int:
-    """The length of the longest end of `text` that may become one of `stops`."""
-    return max(
-        (
-            size
-            for stop in stops
-            for size in range(1, min(len(stop), len(text) + 1))
-            if text.endswith(stop[:size])
-        ),
-        default=0,
-    )
+class _Beginnings:
+    """All that `stops` may begin with: a look-up for each length, whatever their number."""
+
+    __slots__ = ("_all", "_longest", "last")
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._all = frozenset(stop[:size] for stop in stops for size in range(1, len(stop)))
+        self._longest = max(map(len, stops), default=1) - 1
+        self.last = frozenset(begin[-1] for begin in self._all)
+        """The characters they end with."""
+
+    def undecided(self, text: str) -> int:
+        """The length of the longest end of `text` that may become a stop."""
+        for size in range(min(self._longest, len(text)), 0, -1):
+            if text[-size:] in self._all:
+                return size
+        return 0
+
+
+@lru_cache(64)  # made once for all choices of a request, and for those that ask for the same
+def _beginnings(stops: tuple[str, ...]) -> _Beginnings:
+    return _Beginnings(stops)

@@ -30,7 +30,7 @@ from synthia_vllm.prompt import (
     render,
     tidy,
 )
-from synthia_vllm.reply import Piece, Prepared, wanted_usage
+from synthia_vllm.reply import Piece, Prepared, WithTokens, wanted_usage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,6 +53,9 @@ class Composed:
     """The prompt, after the beginning-of-text token that the tokenizer puts in front."""
     token_ids: list[int]
     sampling: Sampling
+    stops: tuple[str, ...]
+    """The request's own, but for `blank_stops`, which the answer rule has to find."""
+    blank_stops: tuple[str, ...]
     continued: bool
     """The client sent the beginning of the answer."""
     escaped_markers: int
@@ -62,25 +65,41 @@ class Composed:
 async def compose(request: ChatRequest, engine: Engine, settings: Settings, user: User) -> Composed:
     """All that is decided of a request by what it says. Raises `InvalidRequest`."""
     preset = preset_of(request.model, settings, user)
+    for number, message in enumerate(request.messages):
+        if message.content is None and message.role != "assistant":
+            raise InvalidRequest(
+                f"`messages[{number}].content` is required: a text, or a list of text parts.",
+                param=f"messages[{number}].content",
+                code="missing_required_parameter",
+            )
     messages, escaped = tidy(
         [Message("system" if m.role == "developer" else m.role, m.text) for m in request.messages],
         settings.markers,
         preset.system if preset else None,
     )
     continued = messages[-1].role == "assistant" if messages else False
-    if request.continue_final_message is not None and request.continue_final_message != continued:
-        raise InvalidRequest(
-            "`continue_final_message` is true exactly if the last message is the assistant's: "
-            "such a message is always continued here, any other is answered.",
-            param="continue_final_message",
-            code="invalid_value",
-        )
+    for name, to_continue in (
+        ("continue_final_message", request.continue_final_message is True),
+        ("add_generation_prompt", request.add_generation_prompt is False),
+    ):
+        if to_continue and not continued:
+            raise InvalidRequest(
+                f"`{name}` asks for the last message to be continued, which is not the "
+                "assistant's: it is answered.",
+                param=name,
+                code="invalid_value",
+            )
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequest(
             "`top_logprobs` needs `logprobs: true`.", param="top_logprobs", code="invalid_value"
         )
     asked = answer_limit(_asked_tokens(request), settings.sampling.max_tokens, user)
     grammar = grammar_of(request)
+    stops = request.own_stops
+    blank: tuple[str, ...] = ()
+    if not grammar and not request.min_tokens:
+        blank = tuple(stop for stop in stops if stop.isspace())
+        stops = [stop for stop in stops if not stop.isspace()]
     text, token_ids, dropped = await _fit(messages, asked, engine, settings)
     return Composed(
         text,
@@ -90,10 +109,12 @@ async def compose(request: ChatRequest, engine: Engine, settings: Settings, user
             settings,
             engine,
             max_tokens=min(asked, engine.traits.max_model_len - len(token_ids)),
-            stop=(*(() if grammar else (TURN_STOP,)), *request.own_stops),
+            stop=(*(() if grammar else (TURN_STOP,)), *stops),
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             grammar=grammar,
         ),
+        stops=tuple(stops),
+        blank_stops=blank,
         continued=continued and bool(messages[-1].content),
         escaped_markers=escaped,
         dropped_messages=dropped,
@@ -120,8 +141,8 @@ async def prepare(
         request_id=request_id,
         prompt_token_ids=composed.token_ids,
         sampling=sampling,
-        # With `min_tokens` the engine runs past the answer's end; seeing each step, we end it.
-        deltas=bool(request.stream) or sampling.min_tokens > 0,
+        # With these the engine runs past the answer's end; seeing each step, we end it.
+        deltas=bool(request.stream) or sampling.min_tokens > 0 or bool(composed.blank_stops),
         priority=await place.claim(len(composed.token_ids), sampling.max_tokens, sampling.n),
         trace_headers=trace_headers,
     )
@@ -133,16 +154,24 @@ async def prepare(
         question=next((m.text for m in reversed(request.messages) if m.role == "user"), ""),
         escaped_markers=composed.escaped_markers,
         dropped_messages=composed.dropped_messages,
+        ignored=request.ignored,
+        show_token_ids=bool(request.return_token_ids),
     )
     choices: list[Choice] = [
         _Answer(
-            GrammarFilter(request.own_stops)
+            engine,
+            GrammarFilter(composed.stops)
             if sampling.grammar
-            else AnswerFilter(request.own_stops, continued=composed.continued),
+            else AnswerFilter(
+                composed.stops, blank=composed.blank_stops, continued=composed.continued
+            ),
             _Places(engine, sampling.logprobs) if sampling.logprobs is not None else None,
+            special=not sampling.skip_special_tokens,
         )
         for _ in range(sampling.n)
     ]
+    if prepared.show_token_ids:
+        choices = [WithTokens(choice) for choice in choices]
     return prepared, choices
 
 
@@ -214,9 +243,18 @@ def _asked_tokens(request: ChatRequest) -> int | None:
 class _Answer:
     """One choice: the rule over what the engine says, and its log-probabilities."""
 
-    __slots__ = ("_places", "_rule", "_sent")
+    __slots__ = ("_engine", "_places", "_rule", "_sent", "_special")
 
-    def __init__(self, rule: AnswerFilter | GrammarFilter, places: _Places | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        rule: AnswerFilter | GrammarFilter,
+        places: _Places | None,
+        *,
+        special: bool,
+    ) -> None:
+        self._engine = engine
+        self._special = special  # the text has the names of special tokens
         self._rule = rule
         self._places = places
         self._sent = 0  # characters of the answer that went out
@@ -226,10 +264,12 @@ class _Answer:
         reason, stop = output.finish_reason, output.stop_reason
         if reason is None:
             text = rule.feed(output.text)
-            if rule.ended:  # the marker, where the engine was told to look away
-                reason, stop = "stop", TURN_STOP
-        elif reason in ("stop", "length"):
-            text = rule.finish(output.text, stop if isinstance(stop, str) else None)
+            if rule.ended is not None:  # where the engine was told to look away, or not told
+                reason, stop = "stop", rule.ended
+        elif reason in ("stop", "length", "repetition"):
+            text = rule.finish(output.text, self._ending(reason, stop))
+            reason = "length" if reason == "length" else "stop"
+            stop = rule.ended or stop
         else:
             raise GrammarTooComplex if isinstance(rule, GrammarFilter) else EngineFault
         logprobs = None
@@ -240,6 +280,16 @@ class _Answer:
         elif not text and reason is None:
             return None
         return Piece(output.index, text, logprobs, reason, stop)
+
+    def _ending(self, reason: str, stop: int | str | None) -> str | None:
+        """What of the text a stop takes away: itself, or the text of a token that is one."""
+        if reason != "stop" or isinstance(stop, str):
+            return stop if reason == "stop" and isinstance(stop, str) else None
+        data = b"" if stop is None else self._engine.token_bytes(stop)
+        if data or not self._special:
+            return data.decode(errors="replace") or None
+        traits = self._engine.traits
+        return traits.eos if stop is None else traits.special_tokens.get(stop)
 
 
 class _Places:
@@ -281,17 +331,14 @@ class _Places:
     ) -> dict[str, Any]:
         likely = sorted(place.items(), key=lambda item: -item[1].logprob)[: self._top]
         return {
-            **self._token(data, place[token_id].logprob),
+            **self._token(token_id, data, place[token_id].logprob),
             "top_logprobs": [
-                self._token(self._engine.token_bytes(other), value.logprob)
+                self._token(other, self._engine.token_bytes(other), value.logprob)
                 for other, value in likely
             ],
         }
 
-    @staticmethod
-    def _token(data: bytes, logprob: float) -> dict[str, Any]:
-        return {
-            "token": data.decode(errors="replace"),
-            "logprob": max(logprob, LEAST_LOGPROB),
-            "bytes": list(data),
-        }
+    def _token(self, token_id: int, data: bytes, logprob: float) -> dict[str, Any]:
+        # A special token has no bytes; its name says which it is.
+        name = data.decode(errors="replace") or self._engine.traits.special_tokens.get(token_id, "")
+        return {"token": name, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}

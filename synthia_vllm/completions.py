@@ -19,8 +19,8 @@ from synthia_vllm.generation import (
     require_possible,
     sampling_of,
 )
-from synthia_vllm.raw_protocol import DEFAULT_MAX_TOKENS, CompletionLogprobs
-from synthia_vllm.reply import Piece, Prepared, wanted_usage
+from synthia_vllm.raw_protocol import DEFAULT_MAX_TOKENS, CompletionLogprobs, PromptLogprob
+from synthia_vllm.reply import Piece, Prepared, WithTokens, wanted_usage
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -57,6 +57,10 @@ async def prepare(
         request.max_tokens, min(DEFAULT_MAX_TOKENS, settings.sampling.max_tokens), place.user
     )
     prompts = [await _tokens_of(prompt, engine) for prompt in request.prompts]
+    if request.truncate_prompt_tokens is not None:
+        keep = request.truncate_prompt_tokens
+        room = engine.traits.max_model_len - max(asked, 1)
+        prompts = [_last(prompt, room if keep == -1 else keep) for prompt in prompts]
     longest = max(map(len, prompts))
     _require_room(longest, engine)
     silent = asked == 0
@@ -66,17 +70,18 @@ async def prepare(
         engine,
         max_tokens=min(max(asked, 1), engine.traits.max_model_len - longest),
         stop=tuple(request.own_stops),
-        stop_in_text=False,
+        stop_in_text=bool(request.include_stop_str_in_output),
         logprobs=request.logprobs,
+        prompt_logprobs=_wanted_of_prompt(request),
         grammar=grammar_of(request),
     )
     require_possible(len(prompts) * sampling.n, settings, place.user)
-    scored = bool(request.echo) and request.logprobs is not None
-    if scored:
-        _check_scored(prompts, request.logprobs or 0, settings.limits.max_scored_tokens)
+    if sampling.prompt_logprobs is not None:
+        _check_scored(prompts, sampling.prompt_logprobs, settings.limits.max_scored_tokens)
     total = sum(map(len, prompts))
     priority = await place.claim(total, sampling.max_tokens, len(prompts) * sampling.n)
-    works, choices = [], []
+    works: list[Work] = []
+    choices: list[Choice] = []
     for prompt, token_ids in zip(request.prompts, prompts, strict=True):
         echo = ""
         if request.echo:
@@ -84,6 +89,7 @@ async def prepare(
         texts = [
             _Text(
                 echo,
+                engine if request.prompt_logprobs is not None else None,
                 _Places(engine, token_ids, sampling.logprobs, echo=bool(request.echo))
                 if sampling.logprobs is not None
                 else None,
@@ -100,10 +106,10 @@ async def prepare(
                 deltas=bool(request.stream),
                 priority=priority,
                 trace_headers=trace_headers,
-                on_prompt=_told(texts) if scored else None,
+                on_prompt=None if sampling.prompt_logprobs is None else _told(texts),
             )
         )
-        choices += texts
+        choices += map(WithTokens, texts) if request.return_token_ids else texts
     question = ""
     if settings.log_content:
         shown = (p if isinstance(p, str) else _Decoder(engine).text_of(p) for p in request.prompts)
@@ -115,7 +121,9 @@ async def prepare(
         usage=wanted_usage(request.stream_options),
         question=question,
         conversation=False,
-    ), list(choices)
+        ignored=request.ignored,
+        show_token_ids=bool(request.return_token_ids),
+    ), choices
 
 
 async def _tokens_of(prompt: str | list[int], engine: Engine) -> list[int]:
@@ -134,6 +142,24 @@ async def _tokens_of(prompt: str | list[int], engine: Engine) -> list[int]:
             code="invalid_value",
         )
     return prompt
+
+
+def _last(token_ids: list[int], keep: int) -> list[int]:
+    """The last tokens of a prompt, at least one of them."""
+    return token_ids[-max(1, keep) :]
+
+
+def _wanted_of_prompt(request: CompletionRequest) -> int | None:
+    """How many log-probabilities at each place of the prompt; `None` for none at all."""
+    echoed = request.logprobs if request.echo else None
+    own = request.prompt_logprobs
+    if own is not None and request.stream:
+        raise InvalidRequest(
+            "`prompt_logprobs` are not streamed; `echo` with `logprobs` are.",
+            param="prompt_logprobs",
+            code="invalid_value",
+        )
+    return max((count for count in (own, echoed) if count is not None), default=None)
 
 
 def _require_room(longest: int, engine: Engine) -> None:
@@ -177,10 +203,19 @@ def _told(texts: Iterable[_Text]) -> Any:
 class _Text:
     """One choice: what the engine says as it is, after the prompt if that is to be echoed."""
 
-    __slots__ = ("_echo", "_places", "_ruled", "_scored", "_silent")
+    __slots__ = ("_echo", "_places", "_ruled", "_scored", "_shower", "_silent")
 
-    def __init__(self, echo: str, places: _Places | None, *, silent: bool, ruled: bool) -> None:
+    def __init__(
+        self,
+        echo: str,
+        shower: Engine | None,
+        places: _Places | None,
+        *,
+        silent: bool,
+        ruled: bool,
+    ) -> None:
         self._echo = echo
+        self._shower = shower  # of the prompt's log-probabilities in vLLM's form
         self._places = places
         self._silent = silent
         self._ruled = ruled
@@ -192,21 +227,51 @@ class _Text:
 
     def take(self, output: Output) -> Piece | None:
         reason = output.finish_reason
-        if reason not in (None, "stop", "length"):
+        if reason == "repetition":
+            reason = "stop"
+        elif reason not in (None, "stop", "length"):
             raise GrammarTooComplex if self._ruled else EngineFault
         text, self._echo = self._echo, ""
         logprobs: list[Entry] | None = None
+        of_prompt = None
+        if self._shower is not None and self._scored:
+            of_prompt = _in_vllms_form(self._scored, self._shower)
         if self._places is not None:
             logprobs = self._places.of_prompt(self._scored) if self._scored else []
-            self._scored = ()
+        self._scored = ()
         if self._silent:
-            return Piece(output.index, text, logprobs, "length", None)
+            return Piece(output.index, text, logprobs, "length", None, None, of_prompt)
         text += output.text
         if logprobs is not None and self._places is not None:
             logprobs += self._places.of_answer(output)
         if not text and not logprobs and reason is None:
             return None
-        return Piece(output.index, text, logprobs, reason, output.stop_reason)
+        return Piece(output.index, text, logprobs, reason, output.stop_reason, None, of_prompt)
+
+
+def _in_vllms_form(places: PromptLogprobs, engine: Engine) -> list[dict[int, PromptLogprob] | None]:
+    return [
+        None
+        if place is None
+        else {
+            token: PromptLogprob(
+                logprob=max(it.logprob, LEAST_LOGPROB),
+                rank=it.rank,
+                decoded_token=_name(engine, token),
+            )
+            for token, it in place.items()
+        }
+        for place in places
+    ]
+
+
+def _name(engine: Engine, token_id: int) -> str:
+    """The text of a token; where that is no text by itself, OpenAI's spelling of its bytes."""
+    data = engine.token_bytes(token_id)
+    try:
+        return data.decode() or engine.traits.special_tokens.get(token_id, "")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 class _Decoder:
@@ -235,13 +300,12 @@ class _Decoder:
 class _Places:
     """The log-probabilities of one choice in the form of OpenAI's completions."""
 
-    __slots__ = ("_decoder", "_engine", "_lead", "_prompt", "_special", "_top")
+    __slots__ = ("_decoder", "_engine", "_lead", "_prompt", "_top")
 
     def __init__(self, engine: Engine, prompt: Sequence[int], top: int, *, echo: bool) -> None:
         self._engine = engine
         self._prompt = prompt
         self._top = top
-        self._special = engine.traits.special_tokens
         self._decoder = _Decoder(engine)
         self._lead = 0
         """Characters in front of the tokens' text that are not in the echoed one."""
@@ -265,21 +329,16 @@ class _Places:
 
     def _entry(self, token_id: int, place: Mapping[int, TokenLogprob] | None) -> Entry:
         begin = max(0, self._decoder.feed(token_id)[1] - self._lead)
-        name = self._name(token_id)
+        name = _name(self._engine, token_id)
         if place is None:
             return name, None, None, begin
         likely = sorted(place.items(), key=lambda item: -item[1].logprob)[: self._top]
-        top = {self._name(other): max(it.logprob, LEAST_LOGPROB) for other, it in reversed(likely)}
+        top = {
+            _name(self._engine, other): max(it.logprob, LEAST_LOGPROB)
+            for other, it in reversed(likely)
+        }
         own = max(place[token_id].logprob, LEAST_LOGPROB)
         return name, own, {**top, name: top.get(name, own)}, begin
-
-    def _name(self, token_id: int) -> str:
-        """The text of a token; where that is no text by itself, OpenAI's spelling of its bytes."""
-        data = self._engine.token_bytes(token_id)
-        try:
-            return data.decode() or self._special.get(token_id, "")
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 def logprobs_of(entries: Sequence[Entry] | None) -> CompletionLogprobs | None:

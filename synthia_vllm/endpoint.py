@@ -22,23 +22,31 @@ from synthia_vllm.sse import ChatEvents, TextEvents
 
 if TYPE_CHECKING:
     from synthia_vllm import reply
+    from synthia_vllm.engine import Engine
     from synthia_vllm.protocol import Usage
+    from synthia_vllm.settings import Settings
 
 
 async def _prepare_chat(
-    body: bytes, *args: Any, **options: Any
+    body: bytes, engine: Engine, settings: Settings, *args: Any, **options: Any
 ) -> tuple[reply.Prepared, list[reply.Choice]]:
-    return await chat.prepare(parse_chat_request(body), *args, **options)
+    request = parse_chat_request(body, refuse_unknown=settings.refuse_unknown)
+    return await chat.prepare(request, engine, settings, *args, **options)
 
 
 async def _prepare_completion(
-    body: bytes, *args: Any, **options: Any
+    body: bytes, engine: Engine, settings: Settings, *args: Any, **options: Any
 ) -> tuple[reply.Prepared, list[reply.Choice]]:
-    return await completions.prepare(parse_completion_request(body), *args, **options)
+    request = parse_completion_request(body, refuse_unknown=settings.refuse_unknown)
+    return await completions.prepare(request, engine, settings, *args, **options)
 
 
 def _chat_answer(
-    answer_id: str, created: int, model: str, pieces: list[reply.Piece], usage: Usage
+    answer_id: str,
+    created: int,
+    prepared: reply.Prepared,
+    pieces: list[reply.Piece],
+    usage: Usage,
 ) -> ChatCompletion:
     choices = [
         Choice(
@@ -47,14 +55,27 @@ def _chat_answer(
             logprobs=None if piece.logprobs is None else ChoiceLogprobs(content=piece.logprobs),
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
+            token_ids=piece.token_ids,
         )
         for piece in pieces
     ]
-    return ChatCompletion(id=answer_id, created=created, model=model, choices=choices, usage=usage)
+    shown = prepared.works[0].prompt_token_ids if prepared.show_token_ids else None
+    return ChatCompletion(
+        id=answer_id,
+        created=created,
+        model=prepared.model,
+        choices=choices,
+        usage=usage,
+        prompt_token_ids=shown,
+    )
 
 
 def _completion_answer(
-    answer_id: str, created: int, model: str, pieces: list[reply.Piece], usage: Usage
+    answer_id: str,
+    created: int,
+    prepared: reply.Prepared,
+    pieces: list[reply.Piece],
+    usage: Usage,
 ) -> Completion:
     choices = [
         CompletionChoice(
@@ -63,10 +84,15 @@ def _completion_answer(
             logprobs=completions.logprobs_of(piece.logprobs),
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
+            token_ids=piece.token_ids,
+            prompt_token_ids=prepared.prompt_of(piece.choice) if prepared.show_token_ids else None,
+            prompt_logprobs=piece.prompt_logprobs,
         )
         for piece in pieces
     ]
-    return Completion(id=answer_id, created=created, model=model, choices=choices, usage=usage)
+    return Completion(
+        id=answer_id, created=created, model=prepared.model, choices=choices, usage=usage
+    )
 
 
 CHAT: Final = Route(

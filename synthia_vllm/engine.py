@@ -49,10 +49,21 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_in_text: bool = True
     """Whether a stop string found ends the text; if not, it and its beginnings are held back."""
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    repetition: tuple[int, int, int] | None = None
+    """End an answer that repeats itself: the longest and the shortest pattern, and how often."""
+    stream_interval: int | None = None
+    """Tokens to an output, after the first one."""
     logprobs: int | None = None
     """How many of the most likely tokens to report at each place; `None` for no report at all."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt, see `Work.on_prompt`."""
     logit_bias: Mapping[int, float] | None = None
     grammar: Grammar | None = None
 
@@ -62,6 +73,9 @@ class TokenLogprob(Protocol):
 
     @property
     def logprob(self) -> float: ...
+
+    @property
+    def rank(self) -> int | None: ...
 
 
 PromptLogprobs = Sequence[Mapping[int, TokenLogprob] | None]
@@ -83,8 +97,8 @@ class Work:
     """W3C trace context that the engine's own spans are put below."""
     on_prompt: Callable[[PromptLogprobs], None] | None = None
     """Called before the first output, as a `Sink` is, with the prompt's log-probabilities, of as
-    many tokens a place as `Sampling.logprobs`. It costs memory by the prompt's length, and the
-    prefix cache is not read.
+    many tokens a place as `Sampling.prompt_logprobs`. It costs memory by the prompt's length, and
+    the prefix cache is not read.
     """
 
 
@@ -109,11 +123,13 @@ class Output(Protocol):
 
     @property
     def finish_reason(self) -> str | None:
-        """``stop``, ``length`` or ``abort`` with the last output of this choice."""
+        """With a choice's last output: ``stop``, ``length``, ``repetition``, ``abort``, ``error``."""
 
     @property
     def stop_reason(self) -> int | str | None:
-        """The stop string or stop token found; `None` for the end-of-text token."""
+        """The stop string or stop token found, whose text ends the output's if `stop_in_text`;
+        `None` for the end-of-text token.
+        """
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LEFT: Final = 499  # as nginx counts it; never sent, for nobody is there to read it
 _TIMEOUT: Final = "X-Request-Timeout"
+IGNORED: Final = b"x-synthia-ignored"
+"""Names fields of the request that changed nothing."""
 
 
 class Prepare(Protocol):
@@ -64,7 +66,7 @@ class Answer(Protocol):
     """Makes the body of a plain answer."""
 
     def __call__(
-        self, answer_id: str, created: int, model: str, pieces: list[Piece], usage: Usage
+        self, answer_id: str, created: int, prepared: Prepared, pieces: list[Piece], usage: Usage
     ) -> BaseModel: ...
 
 
@@ -194,6 +196,8 @@ class _Exchange:
             trace_headers=self._span.headers if self._span else None,
         )
         self._prepared = prepared
+        if prepared.ignored:
+            service.note_ignored(prepared.ignored)
         self._reply = reply = Reply(
             prepared, choices, began=place.began, keep_text=service.keeps_text
         )
@@ -225,7 +229,7 @@ class _Exchange:
             async with prepared.submit(service.engine, whole):
                 pieces = await whole.pieces()
             answer = to_json(
-                route.answer(answer_id, created, prepared.model, pieces, reply.usage())
+                route.answer(answer_id, created, prepared, pieces, reply.usage()),
             )
             headers = self._headers(b"application/json")
             headers.append((b"content-length", b"%d" % len(answer)))
@@ -324,6 +328,8 @@ class _Exchange:
         if self._prepared is not None and self._prepared.dropped_messages:
             dropped = str(self._prepared.dropped_messages).encode()
             headers.append((b"x-synthia-dropped-messages", dropped))
+        if self._prepared is not None and self._prepared.ignored:
+            headers.append((IGNORED, ", ".join(self._prepared.ignored).encode()))
         return headers
 
     async def _respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

@@ -29,6 +29,7 @@ class FakeLogprob:
     """A certain token."""
 
     logprob: float = 0.0
+    rank: int = 1
 
 
 @dataclass(slots=True)

@@ -58,6 +58,7 @@ def sampling_of(
     stop: tuple[str, ...],
     stop_in_text: bool = True,
     logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
 ) -> Sampling:
     """The engine's parameters: what the request says, else the server's defaults.
@@ -77,12 +78,9 @@ def sampling_of(
             param="n",
             code="invalid_value",
         )
-    if n > 1 and temperature == 0:
-        raise InvalidRequest(
-            "`n` must be 1 at temperature 0: all answers would be the same.",
-            param="n",
-            code="invalid_value",
-        )
+    top_k = or_default(request.top_k, defaults.top_k)
+    if n > 1 and temperature == 0:  # vLLM makes only one greedy answer; these are the same
+        temperature, top_k = 1.0, 1
     if request.stream_options is not None and not request.stream:
         raise InvalidRequest(
             "`stream_options` needs `stream: true`.", param="stream_options", code="invalid_value"
@@ -105,17 +103,25 @@ def sampling_of(
         n=n,
         temperature=temperature,
         top_p=or_default(request.top_p, defaults.top_p),
-        top_k=or_default(request.top_k, defaults.top_k),
+        top_k=top_k,
         min_p=or_default(request.min_p, defaults.min_p),
         presence_penalty=or_default(request.presence_penalty, 0.0),
         frequency_penalty=or_default(request.frequency_penalty, 0.0),
-        repetition_penalty=or_default(request.repetition_penalty, defaults.repetition_penalty),
-        seed=request.seed,
+        repetition_penalty=or_default(_repetition_penalty(request), defaults.repetition_penalty),
+        seed=_seed(request.seed, n),
         stop=stop,
         stop_in_text=stop_in_text,
+        stop_token_ids=_tokens(request.stop_token_ids, "stop_token_ids", engine) or (),
+        bad_words=tuple(request.bad_words or ()),
+        allowed_token_ids=_tokens(request.allowed_token_ids, "allowed_token_ids", engine),
         min_tokens=min_tokens,
         ignore_eos=bool(request.ignore_eos) and grammar is None,
+        skip_special_tokens=request.skip_special_tokens is not False,
+        spaces_between_special_tokens=request.spaces_between_special_tokens is not False,
+        repetition=_repetition(request),
+        stream_interval=request.stream_interval,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
         logit_bias=_logit_bias(request.logit_bias, engine.traits.vocab_size),
         grammar=grammar,
     )
@@ -197,6 +203,48 @@ def require_possible(answers: int, settings: Settings, user: User) -> None:
             param="n",
             code="invalid_value",
         )
+
+
+def _repetition_penalty(request: GenerationRequest) -> float | None:
+    ours, theirs = request.repetition_penalty, request.repeat_penalty
+    if ours is not None and theirs is not None and ours != theirs:
+        raise InvalidRequest(
+            f"`repetition_penalty` ({ours}) and `repeat_penalty` ({theirs}) mean the same; send "
+            "one.",
+            param="repeat_penalty",
+            code="invalid_value",
+        )
+    return theirs if ours is None else ours
+
+
+def _repetition(request: GenerationRequest) -> tuple[int, int, int] | None:
+    wanted = request.repetition_detection
+    if wanted is None:
+        return None
+    shortest = wanted.min_pattern_size or 1
+    if shortest > wanted.max_pattern_size:
+        raise InvalidRequest(
+            f"`min_pattern_size` is {shortest}, but `max_pattern_size` {wanted.max_pattern_size}.",
+            param="repetition_detection.min_pattern_size",
+            code="invalid_value",
+        )
+    return wanted.max_pattern_size, shortest, wanted.min_count
+
+
+def _seed(asked: int | None, n: int) -> int | None:
+    """Each of `n` answers gets this seed plus its number, of which -1 means none to vLLM."""
+    return asked + 2**62 if asked is not None and asked <= -1 < asked + n else asked
+
+
+def _tokens(asked: list[int] | None, name: str, engine: Engine) -> tuple[int, ...] | None:
+    size = engine.traits.vocab_size
+    if asked and max(asked) >= size:
+        raise InvalidRequest(
+            f"`{name}` has token {max(asked)}; the model has {size} tokens, from 0.",
+            param=name,
+            code="invalid_value",
+        )
+    return None if asked is None else tuple(asked)
 
 
 def _logit_bias(asked: Mapping[str, float] | None, vocab_size: int) -> dict[int, float] | None:

@@ -158,6 +158,9 @@ class Metrics:
             "model",
         )
         self.errors = counter("errors", "Errors told to clients, in streams too", "code", "route")
+        self.ignored_fields = counter(
+            "ignored_fields", "Fields of requests that changed nothing, and were let pass", "field"
+        )
         self.user_tokens = counter(
             "user_tokens", "Tokens that ran, of users with a key", "user", "kind"
         )

@@ -11,11 +11,15 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from synthia_vllm.protocol import (
+    ELSEWHERE,
     MAX_TOP_LOGPROBS,
     Elsewhere,
     GenerationRequest,
+    Int,
     Shape,
+    TokenId,
     Usage,
+    absent,
     parse,
 )
 
@@ -24,7 +28,6 @@ MAX_PROMPTS: Final = 128
 DEFAULT_MAX_TOKENS: Final = 16
 """OpenAI's, and not the card's 1024: clients that know this route know that."""
 
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1)]
 
 
@@ -49,9 +52,14 @@ class CompletionRequest(GenerationRequest):
         ],
         Discriminator(_kind_of_prompt),
     ]
-    max_tokens: int | None = Field(None, ge=0)
+    max_tokens: Int | None = Field(None, ge=0)
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    prompt_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    """vLLM's: log-probabilities of the prompt's tokens, in a form of its own."""
+    include_stop_str_in_output: bool | None = None
+    truncate_prompt_tokens: Int | None = Field(None, ge=-1)
+    """So many of a prompt's tokens, the last ones; -1: as many as there is room for."""
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -62,19 +70,20 @@ class CompletionRequest(GenerationRequest):
 
 _RAW: Final = "the prompt is raw here; /v1/chat/completions renders messages"
 _COMPLETION_ELSEWHERE: Final[Elsewhere] = {
+    **ELSEWHERE,
     "suffix": ("Synthia writes on from a prompt, and cannot fill a gap before a suffix", ("",)),
     "best_of": ("ask for `n` answers with `logprobs` and choose yourself", (1,)),
     "messages": (_RAW, ()),
     "max_completion_tokens": ("it is called `max_tokens` here", ()),
     "top_logprobs": ("`logprobs` is the number here", ()),
-    "prompt_logprobs": ("ask for `echo` with `logprobs`", ()),
     "add_special_tokens": ("send token ids for a prompt without <s>", (True,)),
+    "prompt_embeds": ("this server takes texts and token ids", ()),
 }
 
 
-def parse_completion_request(body: bytes) -> CompletionRequest:
+def parse_completion_request(body: bytes, *, refuse_unknown: bool = False) -> CompletionRequest:
     """The request in `body`. Raises `InvalidRequest`, naming the field."""
-    return parse(CompletionRequest, body, _COMPLETION_ELSEWHERE)
+    return parse(CompletionRequest, body, _COMPLETION_ELSEWHERE, refuse_unknown=refuse_unknown)
 
 
 class CompletionLogprobs(BaseModel):
@@ -89,6 +98,14 @@ class CompletionLogprobs(BaseModel):
     text_offset: list[int]
 
 
+class PromptLogprob(BaseModel):
+    """vLLM's, of one token at one place of a prompt."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
 class CompletionChoice(BaseModel):
     """One text; those of the first prompt come first."""
 
@@ -97,6 +114,9 @@ class CompletionChoice(BaseModel):
     logprobs: CompletionLogprobs | None = None
     finish_reason: Literal["stop", "length"]
     stop_reason: int | str | None = None
+    token_ids: list[int] | None = Field(None, exclude_if=absent)
+    prompt_token_ids: list[int] | None = Field(None, exclude_if=absent)
+    prompt_logprobs: list[dict[int, PromptLogprob] | None] | None = Field(None, exclude_if=absent)
 
 
 class Completion(BaseModel):
@@ -172,11 +192,11 @@ _TOKENIZE_ELSEWHERE: Final[Elsewhere] = {
 }
 
 
-def parse_tokenize_request(body: bytes) -> TokenizeRequest:
+def parse_tokenize_request(body: bytes, *, refuse_unknown: bool = False) -> TokenizeRequest:
     """The request in `body`. Raises `InvalidRequest`, naming the field."""
-    return parse(TokenizeRequest, body, _TOKENIZE_ELSEWHERE)
+    return parse(TokenizeRequest, body, _TOKENIZE_ELSEWHERE, refuse_unknown=refuse_unknown)
 
 
-def parse_detokenize_request(body: bytes) -> DetokenizeRequest:
+def parse_detokenize_request(body: bytes, *, refuse_unknown: bool = False) -> DetokenizeRequest:
     """The request in `body`. Raises `InvalidRequest`, naming the field."""
-    return parse(DetokenizeRequest, body, {})
+    return parse(DetokenizeRequest, body, {}, refuse_unknown=refuse_unknown)

@@ -38,6 +38,14 @@ class Prepared:
     """Whether question and answer are a turn of a conversation, to be kept as such."""
     escaped_markers: int = 0
     dropped_messages: int = 0
+    ignored: tuple[str, ...] = ()
+    """Fields of the request that changed nothing."""
+    show_token_ids: bool = False
+    """Whether the client wants the tokens themselves, too."""
+
+    def prompt_of(self, choice: int) -> list[int]:
+        """The tokens that choice number `choice` is an answer to."""
+        return self.works[choice // self.works[0].sampling.n].prompt_token_ids
 
     def submit(self, engine: Engine, sink: Sink) -> AbstractAsyncContextManager[None]:
         """Run all of it while the context lasts, as `Engine.submit` does one work."""
@@ -101,14 +109,27 @@ class Piece(NamedTuple):
     finish_reason: str | None
     """``stop`` or ``length`` with the last piece of the choice."""
     stop_reason: int | str | None
+    token_ids: list[int] | None = None
+    """Those that ran for it, where they are asked for."""
+    prompt_logprobs: list[Any] | None = None
+    """vLLM's form of those of the prompt, with a choice's first piece, where they are asked for."""
 
     def then(self, more: Piece) -> Piece:
         """Both pieces as one."""
         logprobs = self.logprobs
         if logprobs is not None or more.logprobs is not None:
             logprobs = [*(logprobs or ()), *(more.logprobs or ())]
+        token_ids = self.token_ids
+        if token_ids is not None or more.token_ids is not None:
+            token_ids = [*(token_ids or ()), *(more.token_ids or ())]
         return Piece(
-            self.choice, self.text + more.text, logprobs, more.finish_reason, more.stop_reason
+            self.choice,
+            self.text + more.text,
+            logprobs,
+            more.finish_reason,
+            more.stop_reason,
+            token_ids,
+            self.prompt_logprobs,
         )
 
 
@@ -127,6 +148,24 @@ class Choice(Protocol):
 
         Raises `EngineFault` if the engine ended it for a reason that no client asked for.
         """
+
+
+class WithTokens:
+    """A `Choice` that gives the tokens along with the pieces they came to."""
+
+    __slots__ = ("_choice", "_waiting")
+
+    def __init__(self, choice: Choice) -> None:
+        self._choice = choice
+        self._waiting: list[int] = []
+
+    def take(self, output: Output) -> Piece | None:
+        self._waiting += output.token_ids
+        piece = self._choice.take(output)
+        if piece is None:
+            return None
+        token_ids, self._waiting = self._waiting, []
+        return piece._replace(token_ids=token_ids)
 
 
 class Reply:
@@ -198,11 +237,10 @@ class Reply:
 
     def _begin(self, index: int, cached_tokens: int) -> None:
         """The prompt of choice `index` has run, and with it all choices of that prompt begin."""
-        work = self._prepared.works[index // self._prepared.works[0].sampling.n]
-        n = work.sampling.n
+        n = self._prepared.works[0].sampling.n
         first = index - index % n
         self._begun[first : first + n] = [True] * n
-        self.prompt_tokens += len(work.prompt_token_ids)
+        self.prompt_tokens += len(self._prepared.prompt_of(index))
         self.cached_tokens += cached_tokens
         if self.began_at is None:
             self.began_at = time.perf_counter()

@@ -26,6 +26,16 @@ logger = logging.getLogger(__name__)
 # Objects made and not yet freed at which the garbage collector looks: not every few requests.
 _GARBAGE_AT: Final = 10_000
 
+WELL_KNOWN: Final = frozenset(
+    {
+        "annotations", "cache_control", "chat_id", "chat_template_kwargs", "id", "name", "num_ctx",
+        "parallel_tool_calls", "prediction", "priority", "reasoning", "reasoning_content",
+        "reasoning_effort", "refusal", "request_id", "service_tier", "session_id", "store",
+        "thinking", "verbosity",
+    }
+)  # fmt: skip
+"""Fields that clients are known to send, counted by name; others together."""
+
 Phase = Literal["starting", "serving", "leaving", "draining", "dead"]
 """Leaving, the server takes requests, but asks for no more; draining, it takes none."""
 
@@ -126,6 +136,13 @@ class Service:
         self.metrics.errors.labels(code, route).inc()
         if user is not None and error.status in (403, 429) and not self.tenants.open:
             self.metrics.user_refusals.labels(user, code).inc()
+
+    def note_ignored(self, paths: Sequence[str]) -> None:
+        """A request had fields that changed nothing."""
+        for path in paths:
+            name = path.rpartition(".")[2]
+            self.metrics.ignored_fields.labels(name if name in WELL_KNOWN else "other").inc()
+        logger.debug("ignored of a request: %s", ", ".join(paths))
 
     def count_tokens(self, user: str, prompt: int, answer: int) -> None:
         """Tokens ran for `user`."""

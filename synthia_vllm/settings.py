@@ -74,6 +74,7 @@ class Settings(_Section):
     format: PromptFormat = PromptFormat.DOCUMENTED
     markers: Markers = Markers.ESCAPE
     overflow: Literal["error", "drop-oldest"] = "error"
+    unknown_fields: Literal["say", "refuse"] = "say"
     answer_reserve: int = Field(256, ge=1)
     sampling: SamplingDefaults = SamplingDefaults()
     keys_file: Path | None = None
@@ -95,6 +96,11 @@ class Settings(_Section):
     def traces(self) -> bool:
         """Whether requests are traced: where to is an option of the engine's."""
         return bool(self.engine.get("otlp_traces_endpoint"))
+
+    @property
+    def refuse_unknown(self) -> bool:
+        """Whether a field of a request that is not known is an error."""
+        return self.unknown_fields == "refuse"
 
     @property
     def resolved_model(self) -> str:

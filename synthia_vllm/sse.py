@@ -46,7 +46,7 @@ def _json(value: Any) -> bytes:
 class Events:
     """The events of one streamed answer: what they have in common."""
 
-    __slots__ = ("_head", "_so_far", "_tail")
+    __slots__ = ("_head", "_prompt_of", "_prompts", "_so_far", "_tail")
     kind: ClassVar[str]
 
     def __init__(self, answer_id: str, created: int, prepared: Prepared, reply: Reply) -> None:
@@ -55,6 +55,9 @@ class Events:
         # With usage asked for, OpenAI puts a null one in every event but the last.
         self._tail = b"}\n\n" if prepared.usage == "never" else b',"usage":null}\n\n'
         self._so_far = reply.usage if prepared.usage == "each" else None
+        # Those whose prompt's tokens are still to be shown, and where to find them.
+        self._prompts = set(range(reply.open_choices)) if prepared.show_token_ids else set[int]()
+        self._prompt_of = prepared.prompt_of
 
     def tail(self) -> bytes:
         """The end of an event with text."""
@@ -83,14 +86,15 @@ class ChatEvents(Events):
 
     def piece(self, piece: Piece) -> bytes:
         """The event for one piece of an answer."""
-        index, text, logprobs, finish_reason, stop_reason = piece
+        index, text, logprobs, finish_reason, stop_reason, token_ids, _ = piece
         delta = b'"content":' + _json(text) if text else b""
         if index not in self._greeted:  # with the first text, not before it
             self._greeted.add(index)
             delta = b'"role":"assistant",' + (delta or b'"content":""')
-        end = b"null}]"
+        end = b"null"
         if finish_reason is not None:
-            end = b'"%b","stop_reason":%b}]' % (finish_reason.encode(), _json(stop_reason))
+            end = b'"%b","stop_reason":%b' % (finish_reason.encode(), _json(stop_reason))
+        end += b"}]" if token_ids is None else self._tokens(token_ids)
         return b'%b,"choices":[{"index":%d,"delta":{%b},"logprobs":%b,"finish_reason":%b%b' % (
             self._head,
             index,
@@ -99,6 +103,14 @@ class ChatEvents(Events):
             end,
             self.tail(),
         )
+
+    def _tokens(self, token_ids: list[int]) -> bytes:
+        """The end of a choice that shows its tokens; the first event has the prompt's, too."""
+        shown = b',"token_ids":%b}]' % to_json(token_ids)
+        if self._prompts:
+            self._prompts.clear()
+            shown += b',"prompt_token_ids":%b' % to_json(self._prompt_of(0))
+        return shown
 
 
 class TextEvents(Events):
@@ -116,6 +128,11 @@ class TextEvents(Events):
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
+        if piece.token_ids is not None:
+            choice["token_ids"] = piece.token_ids
+            if piece.choice in self._prompts:
+                self._prompts.discard(piece.choice)
+                choice["prompt_token_ids"] = self._prompt_of(piece.choice)
         return b'%b,"choices":[%b]%b' % (self._head, _json(choice), self.tail())
 
 

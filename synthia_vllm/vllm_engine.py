@@ -385,12 +385,19 @@ def _encoders(tokenizer: Any) -> dict[bool, Any]:
 
 def _sampling_params(work: Work) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+    from vllm.sampling_params import (
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        StructuredOutputsParams,
+    )
 
     asked: Sampling = work.sampling
     structured = None
     if asked.grammar is not None:
         structured = StructuredOutputsParams(**{asked.grammar.kind: asked.grammar.text})
+    repetition = None
+    if asked.repetition is not None:
+        repetition = RepetitionDetectionParams(*asked.repetition)
     return SamplingParams(
         n=asked.n,
         temperature=asked.temperature,
@@ -408,8 +415,17 @@ def _sampling_params(work: Work) -> Any:
         max_tokens=asked.max_tokens,
         min_tokens=asked.min_tokens,
         ignore_eos=asked.ignore_eos,
+        stop_token_ids=list(asked.stop_token_ids),
+        bad_words=list(asked.bad_words),
+        allowed_token_ids=None
+        if asked.allowed_token_ids is None
+        else list(asked.allowed_token_ids),
+        skip_special_tokens=asked.skip_special_tokens,
+        spaces_between_special_tokens=asked.spaces_between_special_tokens,
+        repetition_detection=repetition,
+        stream_interval=asked.stream_interval,
         logprobs=asked.logprobs,
-        prompt_logprobs=asked.logprobs if work.on_prompt is not None else None,
+        prompt_logprobs=asked.prompt_logprobs if work.on_prompt is not None else None,
         logit_bias=dict(asked.logit_bias) if asked.logit_bias else None,
         structured_outputs=structured,
         output_kind=RequestOutputKind.DELTA if work.deltas else RequestOutputKind.FINAL_ONLY,
@@ -453,8 +469,11 @@ class _Run:
         self._processor, self._id = llm.output_processor, request_id
         collector.put = self.put
         state = llm.output_processor.request_states.get(collector.request_id)
-        held_back = asked.stop and not asked.stop_in_text
-        if state is not None and state.prompt_token_ids[-1] in table and not held_back:
+        # What a table does not do: hold back or leave out stops, show special tokens.
+        others = not asked.skip_special_tokens or (
+            not asked.stop_in_text and (asked.stop or asked.stop_token_ids)
+        )
+        if state is not None and state.prompt_token_ids[-1] in table and not others:
             own = state.detokenizer
             # With `min_tokens` stops are not looked for at first, which is vLLM's to know.
             if not own.token_ids and not own.min_tokens:

@@ -9,7 +9,7 @@ from starlette.requests import Request  # noqa: TC002  # FastAPI reads the route
 
 from synthia_vllm.chat import compose
 from synthia_vllm.errors import InvalidRequest
-from synthia_vllm.exchange import CLIENT_LEFT, ClientLeft, read_body
+from synthia_vllm.exchange import CLIENT_LEFT, IGNORED, ClientLeft, read_body
 from synthia_vllm.generation import preset_of
 from synthia_vllm.protocol import parse_chat_request
 from synthia_vllm.raw_protocol import (
@@ -24,6 +24,7 @@ from synthia_vllm.raw_protocol import (
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from synthia_vllm.protocol import Shape
     from synthia_vllm.service import Service
     from synthia_vllm.tenants import User
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 def add_workbench(app: FastAPI, service: Service) -> None:
     """Add the routes. None of them asks the engine for a token, so none counts towards limits."""
     engine, settings = service.engine, service.settings
+    refuse = settings.refuse_unknown
 
     def user_of(request: Request) -> User:
         return service.tenants.user(request.state.user)
@@ -39,14 +41,20 @@ def add_workbench(app: FastAPI, service: Service) -> None:
         headers = dict(request.scope["headers"])
         return await read_body(headers, request.receive, settings.limits.max_body_bytes)
 
+    def say_ignored(asked: Shape, response: Response) -> None:
+        if asked.ignored:
+            service.note_ignored(asked.ignored)
+            response.headers[IGNORED.decode()] = ", ".join(asked.ignored)
+
     @app.exception_handler(ClientLeft)
     async def client_left(_request: Request, _error: ClientLeft) -> Response:
         return Response(status_code=CLIENT_LEFT)  # to nobody
 
     @app.post("/v1/chat/completions/render")
-    async def render(request: Request) -> RenderedPrompt:
+    async def render(request: Request, response: Response) -> RenderedPrompt:
         """The exact prompt a chat request would be answered from; nothing runs."""
-        asked = parse_chat_request(await body_of(request))
+        asked = parse_chat_request(await body_of(request), refuse_unknown=refuse)
+        say_ignored(asked, response)
         composed = await compose(asked, engine, settings, user_of(request))
         sampling = composed.sampling
         shown = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "n")
@@ -63,9 +71,10 @@ def add_workbench(app: FastAPI, service: Service) -> None:
         )
 
     @app.post("/tokenize", response_model_exclude_none=True)
-    async def tokenize(request: Request) -> Tokens:
+    async def tokenize(request: Request, response: Response) -> Tokens:
         """A raw text's tokens."""
-        asked = parse_tokenize_request(await body_of(request))
+        asked = parse_tokenize_request(await body_of(request), refuse_unknown=refuse)
+        say_ignored(asked, response)
         if asked.model is not None:
             preset_of(asked.model, settings, user_of(request))
         ids = await engine.tokenize(asked.prompt, special_tokens=True)
@@ -86,9 +95,10 @@ def add_workbench(app: FastAPI, service: Service) -> None:
         )
 
     @app.post("/detokenize")
-    async def detokenize(request: Request) -> Text:
+    async def detokenize(request: Request, response: Response) -> Text:
         """The text of tokens."""
-        asked = parse_detokenize_request(await body_of(request))
+        asked = parse_detokenize_request(await body_of(request), refuse_unknown=refuse)
+        say_ignored(asked, response)
         if asked.model is not None:
             preset_of(asked.model, settings, user_of(request))
         size = engine.traits.vocab_size

@@ -254,11 +254,16 @@ def test_continued_answer() -> None:
     """A last assistant message is continued: the space between the texts is kept."""
     with running(FakeEngine((" is", " large. ", "\nUSER:"))) as server:
         messages = [USER, {"role": "assistant", "content": "The Orca "}]
-        for extra in ({}, {"continue_final_message": True}):
+        for extra in (
+            {},
+            {"continue_final_message": True, "add_generation_prompt": False},
+            {"continue_final_message": False},  # as routers write it into every body
+        ):
             body = BODY | extra | {"messages": messages}
             assert post(server, body).json()["choices"][0]["message"]["content"] == " is large."
-        refused = post(server, BODY | {"messages": messages, "continue_final_message": False})
-        assert refused.json()["error"]["param"] == "continue_final_message"
+        for extra in ({"continue_final_message": True}, {"add_generation_prompt": False}):
+            refused = post(server, BODY | extra)
+            assert refused.json()["error"]["param"] in extra
 
 
 # --- refusals ---------------------------------------------------------------------------------
@@ -276,14 +281,44 @@ def test_continued_answer() -> None:
             "messages[0].content[0].type",
             "text only",
         ),
-        ({"messages": [USER | {"name": "Bob"}]}, "messages[0].name", "name"),
-        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "None"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "required"),
+        ({"messages": [{"role": "system"}, USER]}, "messages[0].content", "required"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),
         ({"temperature": "1"}, "temperature", "number"),
         ({"n": 100}, "n", "16"),
-        ({"n": 2, "temperature": 0}, "n", "temperature 0"),
         ({"stop": ["a", ""]}, "stop[1]", "at least 1"),
-        ({"stop": ["a"] * 17}, "stop", "16"),
+        ({"stop": ["a"] * 65}, "stop", "64"),
+        ({"stop": ["ab" * 100] * 21}, "stop", "4096"),
+        ({"stop_token_ids": [32000]}, "stop_token_ids", "32000"),
+        ({"allowed_token_ids": [5, 32000]}, "allowed_token_ids", "32000"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "at least 1"),
+        ({"bad_words": [""]}, "bad_words[0]", "at least 1"),
+        ({"stream_interval": 0}, "stream_interval", "greater than or equal to 1"),
+        ({"n": 1.5}, "n", "integer"),
+        ({"n": "1"}, "n", "integer"),
+        ({"repetition_penalty": 1.1, "repeat_penalty": 1.2}, "repeat_penalty", "mean the same"),
+        (
+            {"repetition_detection": {"max_pattern_size": 4, "min_count": 1}},
+            "repetition_detection.min_count",
+            "greater than or equal to 2",
+        ),
+        ({"use_beam_search": True}, "use_beam_search", "samples"),
+        ({"length_penalty": 1.5}, "length_penalty", "samples"),
+        ({"include_stop_str_in_output": True}, "include_stop_str_in_output", "marker"),
+        ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens", "overflow"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs", "/v1/completions"),
+        ({"web_search_options": {"search_context_size": "low"}}, "web_search_options", "search"),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": "a", "tool_calls": [{"id": "1"}]},
+                    USER,
+                ]
+            },
+            "messages[1].tool_calls",
+            "tools",
+        ),
         ({"max_tokens": 0}, "max_tokens", "1"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "mean the same"),
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "at most 4"),
@@ -322,9 +357,6 @@ def test_continued_answer() -> None:
         ({"logit_bias": {"x": 1, **{str(i): 1 for i in range(2000)}}}, "logit_bias", "1024"),
         ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "16"),
         ({"seed": 2**64}, "seed", "less than or equal"),
-        ({"frobnicate": 1}, "frobnicate", "not supported"),
-        ({"store": True}, "store", "not supported"),
-        ({"stream_options": {"x": 1}, "stream": True}, "stream_options.x", "not supported"),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
