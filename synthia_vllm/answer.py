@@ -45,7 +45,9 @@ class AnswerFilter:
         self.skipped = 0
         """Characters of white space in front that are not part of the answer."""
         self.ended: str | None = None
-        """The stop found here: the answer is complete, whatever the engine still says."""
+        """The answer is complete, whatever the engine still says: the stop found here, or the
+        empty text for one that the engine found.
+        """
 
     def feed(self, text: str) -> str:
         """Take the next piece of raw text; return what can be sent now, often ``""``."""
@@ -80,7 +82,7 @@ class AnswerFilter:
             found = self._find_blank(text)
             if found is not None:
                 return self._end(text[: found[0]], found[1])
-        return self._end(text if stop is None else text.removesuffix(stop), stop or "")
+        return self._end(text if stop is None else text.removesuffix(stop), "")
 
     def _find_blank(self, text: str) -> tuple[int, str] | None:
         """Where the first blank stop after the answer's beginning is, and which."""

@@ -143,6 +143,7 @@ async def prepare(
         sampling=sampling,
         # With these the engine runs past the answer's end; seeing each step, we end it.
         deltas=bool(request.stream) or sampling.min_tokens > 0 or bool(composed.blank_stops),
+        cache_salt=place.cache_salt(request.cache_salt),
         priority=await place.claim(len(composed.token_ids), sampling.max_tokens, sampling.n),
         trace_headers=trace_headers,
     )

@@ -195,7 +195,7 @@ def _serve_alone(settings: Settings, model: str, progress: _Progress) -> int:
         if server is not None:
             server.should_exit = True
 
-    engine = VllmEngine(model, settings.engine)
+    engine = VllmEngine(model, settings.engine, name=settings.base_name)
     app = create_app(
         engine,
         settings,

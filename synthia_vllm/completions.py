@@ -104,6 +104,7 @@ async def prepare(
                 prompt_token_ids=token_ids,
                 sampling=sampling,
                 deltas=bool(request.stream),
+                cache_salt=place.cache_salt(request.cache_salt),
                 priority=priority,
                 trace_headers=trace_headers,
                 on_prompt=None if sampling.prompt_logprobs is None else _told(texts),

@@ -91,6 +91,8 @@ class Work:
     sampling: Sampling
     deltas: bool = True
     """Whether each step is delivered as it is made, or only the whole at the end."""
+    cache_salt: str | None = None
+    """Only works with the same one find what the prefix cache has of this one's prompt."""
     priority: int = 0
     """Of those that wait, the smallest goes first; among equals, the one that came first."""
     trace_headers: Mapping[str, str] | None = None
@@ -123,7 +125,10 @@ class Output(Protocol):
 
     @property
     def finish_reason(self) -> str | None:
-        """With a choice's last output: ``stop``, ``length``, ``repetition``, ``abort``, ``error``."""
+        """With the last output of a choice, else `None`.
+
+        One of ``stop``, ``length``, ``repetition``, ``abort``, ``error``.
+        """
 
     @property
     def stop_reason(self) -> int | str | None:

@@ -61,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command.add_argument("name", metavar="NAME", help="the user")
     for name, (text, kind) in _LIMITS.items():
         new.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    new.add_argument(
+        "--cache-group", metavar="GROUP", help="share the prefix cache with the users of this group"
+    )
     new.add_argument("--models", nargs="+", metavar="MODEL", help="model names it may use")
 
 
@@ -81,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     key, key_hash = new_key()
     user = users.setdefault(args.name, {})
     user.setdefault("keys", []).append(key_hash)
-    for limit in (*_LIMITS, "models"):
+    for limit in (*_LIMITS, "models", "cache_group"):
         value = getattr(args, limit)
         if value is not None:
             user[limit] = value
@@ -105,6 +108,8 @@ def _list(file: Path) -> int:
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return ",".join(sorted(value)) if isinstance(value, frozenset) else f"{value:g}"
 
 

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
-from synthia_vllm.tenants import Tenants
+from synthia_vllm.tenants import Tenants, new_cache_secret
 from synthia_vllm.tracing import Tracer
 from synthia_vllm.transcript import Transcripts
 
@@ -71,6 +71,7 @@ class Service:
             settings.keys_file,
             max_requests=settings.limits.max_requests,
             max_queue_seconds=settings.limits.max_queue_seconds,
+            cache_secret=new_cache_secret() if settings.cache_per_user else None,
         )
         self.reload_wanted = False
         """Set by a signal: the key file is read again, changed or not."""

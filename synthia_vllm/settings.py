@@ -78,6 +78,7 @@ class Settings(_Section):
     answer_reserve: int = Field(256, ge=1)
     sampling: SamplingDefaults = SamplingDefaults()
     keys_file: Path | None = None
+    prefix_cache: Literal["auto", "per-user", "shared"] = "auto"
     discovery: Literal["key", "open"] = "key"
     metrics: Literal["open", "key", "off"] = "open"
     limits: Limits = Limits()
@@ -96,6 +97,13 @@ class Settings(_Section):
     def traces(self) -> bool:
         """Whether requests are traced: where to is an option of the engine's."""
         return bool(self.engine.get("otlp_traces_endpoint"))
+
+    @property
+    def cache_per_user(self) -> bool:
+        """Whether no user finds in the prefix cache what another has sent."""
+        if self.prefix_cache == "auto":
+            return self.keys_file is not None
+        return self.prefix_cache == "per-user"
 
     @property
     def refuse_unknown(self) -> bool:

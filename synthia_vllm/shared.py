@@ -144,9 +144,9 @@ class Desk(_Line):
 class SharedTenants(Users, _Line):
     """The users as an API process sees them: it knows their keys, and asks for all else."""
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, cache_secret: bytes | None = None) -> None:
         _Line.__init__(self)
-        Users.__init__(self, file)
+        Users.__init__(self, file, cache_secret)
         self.on_abort: Callable[[list[str]], Awaitable[None]] | None = None
         """Frees what another process has left in the engine, by its ids there."""
         self.on_bad_keys: Callable[[], None] = lambda: None
@@ -230,6 +230,10 @@ class SharedPlace:
         self.number = number
         self.name = name
         self.user = user
+
+    def cache_salt(self, own: str | None) -> str | None:
+        """As `Users.cache_salt`."""
+        return self._tenants.cache_salt(self.name, own)
 
     async def claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
         """As `Place.claim`."""

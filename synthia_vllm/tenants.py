@@ -61,6 +61,8 @@ class User(BaseModel):
     concurrent_requests: int | None = Field(None, ge=1)
     max_tokens: int | None = Field(None, ge=1)
     models: frozenset[str] | None = None
+    cache_group: UserName | None = None
+    """Users of one group find each other's prompts in the prefix cache."""
 
 
 class _KeyFile(BaseModel):
@@ -79,6 +81,11 @@ def new_key() -> tuple[str, str]:
     """
     key = _KEY_PREFIX + secrets.token_urlsafe(32)
     return key, hash_key(key.encode())
+
+
+def new_cache_secret() -> bytes:
+    """For `Users`; for as long as the engine runs, whose prefix cache it salts."""
+    return secrets.token_bytes(32)
 
 
 def hash_key(key: bytes) -> str:
@@ -219,11 +226,13 @@ class _Account:
 class Users:
     """Who there is, by the key file `file`; with `None` for it, all are one user.
 
-    Raises `StartupError` if it cannot be read.
+    With a `cache_secret` each has a prefix cache of its own, by a salt that nobody without the
+    secret can make. Raises `StartupError` if the file cannot be read.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, cache_secret: bytes | None = None) -> None:
         self._file = file
+        self._cache_secret = cache_secret
         self._ring: KeyRing | None = None
         self._version: Any = None
         self._seen: Any = None
@@ -279,6 +288,19 @@ class Users:
             raise Unauthorized
         return user
 
+    def cache_salt(self, name: str, own: str | None) -> str | None:
+        """What separates the prompts of user `name` from others' in the prefix cache, if anything.
+
+        `own` is the request's own word: it can make the user's cache narrower, and never another's.
+        """
+        if self._cache_secret is None:
+            # Whom it is told to finds the same: it is a word shared on purpose.
+            return None if own is None else hashlib.sha256(own.encode()).hexdigest()
+        group = self.user(name).cache_group
+        parts = ("user", name) if group is None else ("group", group)
+        message = "\0".join((*parts, *(() if own is None else (own,))))
+        return hmac.digest(self._cache_secret, message.encode(), "sha256").hex()
+
     def models_of(self, name: str) -> frozenset[str] | None:
         """The model names user `name` may use; `None` for all."""
         user = self._ring.users.get(name) if self._ring else None
@@ -291,6 +313,9 @@ class Place(Protocol):
     @property
     def user(self) -> User:
         """Whose it is."""
+
+    def cache_salt(self, own: str | None) -> str | None:
+        """As `Users.cache_salt`."""
 
     async def claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
         """Claim the tokens this request may take; return its priority, smallest first.
@@ -318,6 +343,7 @@ class Tenants(Users):
         *,
         max_requests: int,
         max_queue_seconds: float,
+        cache_secret: bytes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_requests = max_requests
@@ -329,7 +355,7 @@ class Tenants(Users):
         self.in_flight = 0
         """Places taken."""
         self._batch = 1
-        super().__init__(file)
+        super().__init__(file, cache_secret)
 
     def reload(self, *, only_if_changed: bool = False) -> bool:
         read = super().reload(only_if_changed=only_if_changed)
@@ -476,6 +502,10 @@ class Lease:
         self._charged = 0.0
         self._stamp: float | None = None
         self._begun = False
+
+    def cache_salt(self, own: str | None) -> str | None:
+        """As `Users.cache_salt`."""
+        return self._tenants.cache_salt(self.name, own)
 
     async def claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
         """`reserve`, see `Tenants.admit`."""

@@ -62,8 +62,8 @@ _SHORT_TEXT: Final = 1000
 class VllmEngine:
     """vLLM, started with `model` (a hub name or directory) and `options` of `AsyncEngineArgs`.
 
-    With a `seat`, it is one of several clients of engine cores that run already. `on_runs` is
-    called with vLLM's ids of a request when it has been taken, `on_ran` when it is over.
+    With a `seat`, it is one of several clients of engine cores that run already. vLLM's series
+    call it by `name`. `on_runs` is called with vLLM's ids of a request when it has been taken, `on_ran` when it is over.
     """
 
     def __init__(
@@ -72,12 +72,14 @@ class VllmEngine:
         options: Mapping[str, Any],
         seat: Seat | None = None,
         *,
+        name: str | None = None,
         on_runs: Callable[[Sequence[str]], None] = lambda _ids: None,
         on_ran: Callable[[Sequence[str]], None] = lambda _ids: None,
     ) -> None:
         self._model = model
         self._options = dict(options)
         self._seat = seat
+        self._name = name
         self._on_runs = on_runs
         self._on_ran = on_ran
         self._llm: Any = None
@@ -122,7 +124,7 @@ class VllmEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arrange_processes()
-        args = engine_args(self._model, self._options)
+        args = engine_args(self._model, self._options, self._name)
         if self._closed:
             raise StartupError("The server was stopped while it started.")
         progress("starting the engine process, reading weights, allocating the KV cache")
@@ -233,7 +235,7 @@ class VllmEngine:
             try:
                 collector = await llm.add_request(
                     request_id,
-                    tokens_input(prompt_token_ids=work.prompt_token_ids),
+                    tokens_input(work.prompt_token_ids, cache_salt=work.cache_salt),
                     _sampling_params(work),
                     priority=work.priority if self._takes_priority else 0,
                     trace_headers=work.trace_headers,

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from synthia_vllm import forkserver, leash, metrics
+from synthia_vllm import cores, forkserver, leash, metrics
 from synthia_vllm.errors import EngineDead, StartupError, SynthiaError
 from synthia_vllm.settings import gpu_present
 
@@ -62,6 +62,9 @@ _FORKED_WITH: Final = (
 )
 
 
+_BINDING: Final = "VLLM_CPU_OMP_THREADS_BIND"
+
+
 @dataclass(frozen=True, slots=True)
 class Seat:
     """A process's way to engine cores that another process has started (`EngineCores`)."""
@@ -87,9 +90,10 @@ class EngineCores:
     this blocks; `launch` and `wait` are for one thread, which lives as long as the process.
     """
 
-    def __init__(self, model: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, options: Mapping[str, Any], name: str | None = None) -> None:
         self._model = model
         self._options = dict(options)
+        self._name = name
         self._run_directory: str | None = None
         self._launching: Any = None
         self._launch: Any = None
@@ -106,7 +110,8 @@ class EngineCores:
             from vllm.v1.executor import Executor
 
             arrange_processes()
-            config = shared_config(engine_args(self._model, self._options), seats, -1)
+            args = engine_args(self._model, self._options, self._name)
+            config = shared_config(args, seats, -1)
             if self._closed:
                 raise StartupError("The server was stopped while it started.")
             progress("starting the engine process, reading weights, allocating the KV cache")
@@ -206,8 +211,19 @@ def begin(options: Mapping[str, Any], *, share_metrics: bool = False) -> str:
     if share_metrics:
         metrics.share_in(directory)
     if not gpu_present():
+        _choose_processors(options)
         forkserver.begin(_FORKED_WITH)
     return directory
+
+
+def _choose_processors(options: Mapping[str, Any]) -> None:
+    """Bind the engine to processors that no other server has; what the user has set stands."""
+    several = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+    if _BINDING in os.environ or any(options.get(name, 1) != 1 for name in several):
+        return
+    mine = cores.claim(cores.physical_cores())
+    if mine is not None:  # another one runs here; with nothing free, Linux may divide it
+        os.environ[_BINDING] = ",".join(map(str, mine)) or "nobind"
 
 
 def shared_config(args: Any, seats: int, number: int) -> Any:
@@ -352,8 +368,11 @@ def _begin_worker() -> None:
     leash.attach()  # vLLM loads its plugins once, and believes it has
 
 
-def engine_args(model: str, options: Mapping[str, Any]) -> Any:
-    """`AsyncEngineArgs` of `options`, each value checked by vLLM's own command line parser."""
+def engine_args(model: str, options: Mapping[str, Any], name: str | None = None) -> Any:
+    """`AsyncEngineArgs` of `options`, each value checked by vLLM's own command line parser.
+
+    vLLM's series call the model by `name`: where it lies on this machine is nobody's concern.
+    """
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # vLLM internal
@@ -372,7 +391,7 @@ def engine_args(model: str, options: Mapping[str, Any]) -> Any:
                 "`synthia-vllm serve --help` says where the list is."
             )
     platform = _CPU_DEFAULTS if current_platform.is_cpu() else {}
-    chosen = _DEFAULTS | platform | dict(options) | _FIXED
+    chosen = _DEFAULTS | platform | dict(options) | _FIXED | {"served_model_name": name}
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
 
     def refuse(message: str) -> NoReturn:

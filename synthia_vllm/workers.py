@@ -23,7 +23,7 @@ from synthia_vllm import leash, logs, metrics
 from synthia_vllm.errors import EngineDead, StartupError
 from synthia_vllm.server import Server, listen
 from synthia_vllm.shared import Desk, SharedTenants
-from synthia_vllm.tenants import Tenants
+from synthia_vllm.tenants import Tenants, new_cache_secret
 from synthia_vllm.vllm_engine import VllmEngine
 from synthia_vllm.vllm_start import EngineCores, Seat, api_process
 
@@ -49,6 +49,8 @@ class _Job:
     seat: Seat
     port: socket.socket
     desk: socket.socket
+    cache_secret: bytes | None
+    """The same for all: they share the engine, and its prefix cache."""
 
 
 @dataclass(eq=False, slots=True)
@@ -75,8 +77,9 @@ class Supervisor:
             max_requests=settings.limits.max_requests,
             max_queue_seconds=settings.limits.max_queue_seconds,
         )
+        self._cache_secret = new_cache_secret() if settings.cache_per_user else None
         self._phase: Literal["starting", "serving", "stopping"] = "starting"
-        self._cores = EngineCores(model, settings.engine)
+        self._cores = EngineCores(model, settings.engine, settings.base_name)
         # The engine's processes are children of this thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._seats: list[Seat] = []
@@ -158,9 +161,8 @@ class Supervisor:
         here, there = socket.socketpair()
         port = _bind(self._port.family, self._port.getsockname())
         settings = self._settings.model_copy(update={"port": port.getsockname()[1]})
-        process = api_process(
-            work, _Job(settings, self._model, seat, port, there), f"API process {seat.number}"
-        )
+        job = _Job(settings, self._model, seat, port, there, self._cache_secret)
+        process = api_process(work, job, f"API process {seat.number}")
         process.start()
         seat.let_go()
         there.close()
@@ -260,11 +262,12 @@ def work(job: _Job) -> None:
 
     from synthia_vllm.app import create_app
 
-    tenants = SharedTenants(settings.keys_file)
+    tenants = SharedTenants(settings.keys_file, job.cache_secret)
     engine = VllmEngine(
         job.model,
         settings.engine,
         job.seat,
+        name=settings.base_name,
         on_runs=lambda ids: tenants.tell("runs", ids),
         on_ran=lambda ids: tenants.tell("ran", ids),
     )

@@ -26,5 +26,6 @@ def demo(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def live(demo: Path) -> Iterator[Running]:
     """The server as `synthia-vllm serve --model demo` runs it, inside this process."""
-    with running(VllmEngine(str(demo), {}), registry=REGISTRY) as here:
+    engine = VllmEngine(str(demo), {}, name="synthia-demo")
+    with running(engine, registry=REGISTRY) as here:
         yield here

@@ -144,7 +144,7 @@ async def prompt_can_be_scored(engine: Engine) -> None:
         work = Work(
             request_id="scored",
             prompt_token_ids=tokens,
-            sampling=Sampling(max_tokens=2, temperature=0.0, logprobs=1),
+            sampling=Sampling(max_tokens=2, temperature=0.0, prompt_logprobs=1),
             deltas=deltas,
             on_prompt=told.append,
         )

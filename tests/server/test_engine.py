@@ -209,3 +209,14 @@ def test_vllms_own_series_count_each_token(live: Running) -> None:
     before = counted()
     tokens = live.run(answer())
     wait_until(lambda: counted() == before + tokens - 1)
+
+
+def test_vllms_series_say_the_served_name(live: Running) -> None:
+    """Not where the model lies on this machine."""
+    names = {
+        sample.labels["model_name"]
+        for family in live.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name.startswith("vllm:") and "model_name" in sample.labels
+    }
+    assert names == {"synthia-demo"}

@@ -150,3 +150,12 @@ def test_preset_applies_to_the_plain_name() -> None:
     assert set(Settings(model="demo", preset="tree-of-thought").served.values()) == {
         TREE_OF_THOUGHT
     }
+
+
+def test_a_key_file_parts_the_prefix_cache(tmp_path: Path) -> None:
+    """Unless it is said otherwise, users with keys do not share it, and a server of all does."""
+    keys = tmp_path / "keys.yaml"
+    assert not Settings().cache_per_user
+    assert Settings(keys_file=keys).cache_per_user
+    assert not Settings(keys_file=keys, prefix_cache="shared").cache_per_user
+    assert Settings(prefix_cache="per-user").cache_per_user

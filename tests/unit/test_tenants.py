@@ -55,11 +55,18 @@ class Users:
             document[name] = {"keys": [key_hash], **limits}
         self.file.write_text(yaml.safe_dump({"users": document}))
 
-    def tenants(self, *, max_requests: int = 100, max_queue_seconds: float = 1e9) -> Tenants:
+    def tenants(
+        self,
+        *,
+        max_requests: int = 100,
+        max_queue_seconds: float = 1e9,
+        cache_secret: bytes | None = None,
+    ) -> Tenants:
         return Tenants(
             self.file,
             max_requests=max_requests,
             max_queue_seconds=max_queue_seconds,
+            cache_secret=cache_secret,
             clock=self.clock,
         )
 
@@ -446,3 +453,16 @@ def test_priorities_are_whole_numbers_whatever_happens(users: Users) -> None:
     assert tenants.in_flight == 0
     assert not any(account.waiting for account in tenants._accounts.values())
     assert all(account.in_flight == 0 for account in tenants._accounts.values())
+
+
+def test_cache_salts(users: Users) -> None:
+    """One for each user or group, by the secret; a user named as a group is another one."""
+    users.write(alice={}, bob={"cache_group": "team"}, carol={"cache_group": "team"}, team={})
+    tenants = users.tenants(cache_secret=b"a")
+    salts = {name: tenants.cache_salt(name, None) for name in ("alice", "bob", "carol", "team")}
+    assert salts["bob"] == salts["carol"]
+    assert len(set(salts.values())) == 3
+    assert tenants.cache_salt("alice", "x") not in (salts["alice"], tenants.cache_salt("bob", "x"))
+    assert tenants.enter("alice").cache_salt(None) == salts["alice"]
+    assert users.tenants(cache_secret=b"b").cache_salt("alice", None) != salts["alice"]
+    assert users.tenants().cache_salt("alice", None) is None
