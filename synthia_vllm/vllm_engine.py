@@ -63,7 +63,8 @@ class VllmEngine:
     """vLLM, started with `model` (a hub name or directory) and `options` of `AsyncEngineArgs`.
 
     With a `seat`, it is one of several clients of engine cores that run already. vLLM's series
-    call it by `name`. `on_runs` is called with vLLM's ids of a request when it has been taken, `on_ran` when it is over.
+    call it by `name`. `on_runs` is called with vLLM's ids of a request when it has been taken,
+    `on_ran` when it is over.
     """
 
     def __init__(
@@ -485,6 +486,7 @@ class _Run:
             and state.parent_req is None
             and state.output_kind == RequestOutputKind.DELTA
             and state.stream_interval == 1
+            and self._on_prompt is None
             and state.logprobs_processor.num_logprobs is None
         ):
             self._state = state

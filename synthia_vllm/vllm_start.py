@@ -378,16 +378,16 @@ def engine_args(model: str, options: Mapping[str, Any], name: str | None = None)
     from vllm.utils.argparse_utils import FlexibleArgumentParser  # vLLM internal
 
     known = {field.name for field in fields(AsyncEngineArgs)}
-    for name in options:
-        if name in _RESERVED:
-            raise StartupError(f"engine.{name} is set by the server: use `{_RESERVED[name]}`.")
-        if name in _FIXED:
+    for option in options:
+        if option in _RESERVED:
+            raise StartupError(f"engine.{option} is set by the server: use `{_RESERVED[option]}`.")
+        if option in _FIXED:
             raise StartupError(
-                f"engine.{name} cannot be changed: grammars are checked and bounded for this one."
+                f"engine.{option} cannot be changed: grammars are checked and bounded for this one."
             )
-        if name not in known:
+        if option not in known:
             raise StartupError(
-                f"engine.{name}: this vLLM's AsyncEngineArgs has no such option. "
+                f"engine.{option}: this vLLM's AsyncEngineArgs has no such option. "
                 "`synthia-vllm serve --help` says where the list is."
             )
     platform = _CPU_DEFAULTS if current_platform.is_cpu() else {}
