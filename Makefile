@@ -37,7 +37,7 @@ help:
 serve: .venv/.engine-$(ENGINE)
 	@exec $(BIN)/synthia-vllm serve $(ARGS)
 
-test: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients
+test: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-unit: .venv/.dev .venv/.json-schema-suite
@@ -73,7 +73,7 @@ bench: .venv/.bench
 	@$(BIN)/python benchmarks/edge.py --rounds 1
 
 clean:
-	rm -rf .venv .venv-clients build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-clients tests/clients/node/node_modules build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/.python:
 	@if [ -z "$(PYTHON)" ]; then \
@@ -122,7 +122,13 @@ clean:
 	@.venv-clients/bin/python -c 'import pathlib, sysconfig; here = pathlib.Path(sysconfig.get_path("purelib")); \
 		(here / "engine.pth").write_text(str(here).replace(".venv-clients", ".venv"))'
 	@.venv-clients/bin/python -m pip --disable-pip-version-check install --only-binary :all: \
-		-r tests/clients/requirements.txt 2>/dev/null | $(FETCHED)
+		-r tests/clients/requirements.txt | $(FETCHED)
+	@touch $@
+
+.venv-clients/.node: .venv-clients/.clients tests/clients/node/package-lock.json
+	@command -v npm >/dev/null || { echo "npm is not on this machine: the tests try a client in" \
+		"JavaScript (on Debian: apt-get install npm)." >&2; exit 1; }
+	@npm ci --prefix tests/clients/node --ignore-scripts --no-audit --no-fund --loglevel error
 	@touch $@
 
 .venv/.bench: .venv/.engine-$(ENGINE)

@@ -31,6 +31,10 @@ QUESTION = "What is the difference between an Orca, Dolphin and a Seal?"
 ASK: dict[str, Any] = {
     "model": "synthia-demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0
 }  # fmt: skip
+OF_OTHERS = (
+    "langchain-openai", "litellm", "llm", "guidellm", "instructor", "llama-index-llms-openai-like",
+    "dspy", "vllm-router", "smg",
+)  # fmt: skip
 # Nobody but the server is to be asked for anything.
 ALONE = {
     **os.environ, "HF_HUB_OFFLINE": "1", "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -190,6 +194,19 @@ def test_litellm(live: Running, answer: str) -> None:
     assert said.splitlines()[-1] == answer
 
 
+@pytest.mark.parametrize("client", ["instructor", "pydantic-ai", "llama-index", "dspy"])
+def test_frameworks(live: Running, client: str) -> None:
+    """Chat, streams, further turns and structured output, as each of them asks for it."""
+    # Some want an older openai than the newest of pydantic-ai does.
+    python = sys.executable if client == "pydantic-ai" else CLIENTS / "python"
+    run([python, SCRIPTS / "structured.py", f"{live.url}/v1", client])
+
+
+def test_vercel_ai_sdk(live: Running, answer: str) -> None:
+    """`ai` with `@ai-sdk/openai-compatible`: text, stream, further turn, object, error."""
+    assert run(["node", SCRIPTS / "node" / "sdk.js", f"{live.url}/v1"]).strip() == answer
+
+
 def test_llm_in_the_terminal(live: Running, answer: str, tmp_path: Path) -> None:
     """`llm`: a question, and the next one in the same conversation."""
     (tmp_path / "extra-openai-models.yaml").write_text(
@@ -239,11 +256,14 @@ def test_guidellm(live: Running, demo: Path, tmp_path: Path) -> None:
 def test_table_of_clients() -> None:
     """docs/clients.md names each client with the version that these tests run."""
     page = (ROOT / "docs" / "clients.md").read_text()
-    named = dict(re.findall(r"(?m)^\| `([a-z-]+)[^|]*` \| ([0-9.]+) \|", page))
-    found = {name: version(name) for name in ("openai", "lm-eval")}
+    named = dict(re.findall(r"(?m)^\| `([a-z@/-]+)[^|]*` \| ([0-9.]+) \|", page))
+    found = {name: version(name) for name in ("openai", "lm-eval", "pydantic-ai-slim")}
+    packages = json.loads((SCRIPTS / "node" / "package-lock.json").read_text())["packages"]
+    for name in ("ai", "@ai-sdk/openai-compatible"):
+        found[name] = packages[f"node_modules/{name}"]["version"]
     for line in run([CLIENTS / "python", "-m", "pip", "list", "--format=freeze"]).splitlines():
         name, _, number = line.partition("==")
-        if name in ("langchain-openai", "litellm", "llm", "guidellm"):
+        if name in OF_OTHERS:
             found[name] = number
     assert set(named) == {*found, "vllm"}
     for name, number in found.items():

@@ -16,8 +16,8 @@ ROOMS = [
     "__init__", "errors", "prompt", "answer", "settings", "protocol", "raw_protocol", "metrics",
     "tracing", "logs", "tenants", "shared", "transcript", "engine", "grammars", "grammar_checker",
     "leash", "vllm_grammars", "forkserver", "cores", "detokenizer", "vllm_start", "vllm_engine",
-    "fake", "http_errors", "reply", "generation", "chat", "completions", "sse", "service", "exchange",
-    "endpoint", "workbench", "page", "app",
+    "fake", "http_errors", "reply", "generation", "chat", "completions", "sse", "service",
+    "exchange", "endpoint", "workbench", "page", "app",
     "connection", "server", "workers", "demo_training", "demo", "terminal", "rendering", "evaluate",
     "keys", "cli",
 ]  # fmt: skip

@@ -1,0 +1,91 @@
+"""instructor, pydantic-ai, LlamaIndex and DSPy against the server at argv[1]; argv[2] is which."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+URL = sys.argv[1]
+MODEL = "synthia-demo"
+QUESTION = "What is the difference between an Orca, Dolphin and a Seal?"
+
+
+class Animal(BaseModel):
+    """What an answer is made to fit."""
+
+    kind: Literal["cat", "dog"]
+    tame: bool
+
+
+def use_instructor() -> None:
+    """Structured output by JSON schema, and partial objects while it streams."""
+    import instructor
+    from openai import OpenAI
+
+    plain = OpenAI(base_url=URL, api_key="none", max_retries=0)
+    client = instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA)
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "A cat?"}]}
+    assert isinstance(client.chat.completions.create(response_model=Animal, **asked), Animal)
+    parts = list(client.chat.completions.create_partial(response_model=Animal, **asked))
+    assert Animal.model_validate(parts[-1].model_dump())
+
+
+def use_pydantic_ai() -> None:
+    """An answer, the next turn with what came back, a stream, native structured output."""
+    from pydantic_ai import Agent, NativeOutput
+    from pydantic_ai.models.openai import OpenAIChatModel
+    from pydantic_ai.providers.openai import OpenAIProvider
+
+    model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=URL, api_key="none"))
+    agent = Agent(model, instructions="Be brief.")
+    first = agent.run_sync(QUESTION)
+    assert first.output
+    assert first.usage.output_tokens > 0
+    assert agent.run_sync("And a shark?", message_history=first.all_messages()).output
+    native = Agent(model, output_type=NativeOutput(Animal))
+    assert isinstance(native.run_sync("A cat?").output, Animal)
+
+
+def use_llama_index() -> None:
+    """Chat and completion, plain and streamed."""
+    from llama_index.core.llms import ChatMessage
+    from llama_index.llms.openai_like import OpenAILike
+
+    chat = OpenAILike(model=MODEL, api_base=URL, api_key="none", is_chat_model=True, temperature=0)
+    asked = [ChatMessage(role="system", content="Be brief."), ChatMessage(content=QUESTION)]
+    whole = chat.chat(asked).message.content
+    assert whole
+    *_, last = chat.stream_chat(asked)
+    assert last.message.content == whole
+    raw = OpenAILike(model=MODEL, api_base=URL, api_key="none", max_tokens=8)
+    assert raw.complete(f"USER: {QUESTION}\nASSISTANT:").text.strip()
+
+
+def use_dspy() -> None:
+    """Its language model: a question, a conversation, structured output.
+
+    What it asks for in words, as its adapters do, is more than the demo model understands.
+    """
+    import dspy
+
+    asked = {"api_base": URL, "api_key": "none", "cache": False, "max_tokens": 200}
+    model = dspy.LM(f"openai/{MODEL}", **asked)
+    [answer] = model(QUESTION)
+    assert answer
+    turns = [("user", QUESTION), ("assistant", answer), ("user", "And a shark?")]
+    assert model(messages=[{"role": role, "content": text} for role, text in turns])[0]
+    assert Animal.model_validate_json(model("A cat?", response_format=Animal)[0])
+
+
+CLIENTS: dict[str, Callable[[], None]] = {
+    "instructor": use_instructor,
+    "pydantic-ai": use_pydantic_ai,
+    "llama-index": use_llama_index,
+    "dspy": use_dspy,
+}
+CLIENTS[sys.argv[2]]()
