@@ -1,8 +1,9 @@
 """Everything at once for a while, then the books: is anything lost, left over, or grown?
 
 Well-behaved users stream and read plain answers, others leave at every stage, trickle, stop
-reading, send what is made to break a server, run into limits and deadlines, while the key file
-changes. Each check prints PASS or FAIL; the exit code is 1 if anything fell short.
+reading, send what is made to break a server, the worst grammars among it, run into limits and
+deadlines, speak HTTP as old clients and proxies do, while the key file changes. Each check prints
+PASS or FAIL; the exit code is 1 if anything fell short.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import asyncio
 import contextlib
 import http.client
+import itertools
 import json
 import multiprocessing
 import random
@@ -23,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grammars
 import psutil
 from harness import Target, environment, say, serve, table
 
@@ -59,6 +62,8 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"messages": [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi."},
                   {"role": "user", "content": QUESTION}]},
     {"response_format": {"type": "json_object"}, "max_tokens": 20},
+    {"structured_outputs": {"choice": ["yes", "USER: no"]}},
+    {"n": 2, "stop": "\n", "chat_id": "unknown to the server", "skip_special_tokens": True},
     {"min_tokens": 30, "ignore_eos": True},
 )  # fmt: skip
 HOSTILE: tuple[bytes, ...] = (
@@ -76,6 +81,8 @@ HOSTILE: tuple[bytes, ...] = (
     b'"response_format":{"type":"json_schema","json_schema":{"name":"x","schema":'
     b'{"type":"string","pattern":"^(a{1,1000}){1,1000}$"}}}}',
     b" " * (1 << 20),
+    *(json.dumps(body | {"max_tokens": 40}).encode()
+      for body in itertools.islice(grammars.hostile(), 24)),
 )  # fmt: skip
 
 
@@ -136,8 +143,8 @@ async def leavers(target: Target, books: Books, until: float) -> None:
     draw = random.Random("leaver")
     port = int(target.url.rsplit(":", 1)[1])
     while time.monotonic() < until:
-        streamed = draw.random() < 0.5
-        body = json.dumps(GREEDY | {"stream": streamed, "temperature": 1}).encode()
+        more = {"stream": draw.random() < 0.5, "n": draw.choice((1, 1, 3)), "temperature": 1}
+        body = json.dumps(GREEDY | more).encode()
         with contextlib.suppress(ConnectionError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
             way = draw.choice(("fin", "rst", "half", "trickle", "stall"))
@@ -160,6 +167,32 @@ async def leavers(target: Target, books: Books, until: float) -> None:
                 held.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             writer.close()
             books.came_back[f"left: {way}"] += 1
+
+
+async def old_fashioned(target: Target, books: Books, until: float, reference: str) -> None:
+    """A stream in HTTP/1.0, HEAD, OPTIONS of a probe, a slash at the end: nobody is turned away."""
+    port = int(target.url.rsplit(":", 1)[1])
+    body = json.dumps(GREEDY | {"stream": True}).encode()
+    asked = request_bytes(target, "steady", body).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    while time.monotonic() < until:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(asked)
+        head, _, said = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        events = [line[6:] for line in said.split(b"\n\n") if line.startswith(b"data: {")]
+        deltas = [json.loads(event)["choices"][0]["delta"] for event in events]
+        text = "".join(delta.get("content", "") for delta in deltas)
+        books.came_back[f"HTTP/1.0: {head[9:12].decode()}"] += 1
+        if text != reference or b"chunked" in head.lower():
+            books.wrong.append(f"HTTP/1.0: {head[:60]!r} {text[:60]!r}")
+        for method, path in (("HEAD", "/health"), ("OPTIONS", "/ready"), ("HEAD", "/v1/models/")):
+            async with target.session.request(
+                method, f"{target.url}{path}", headers=target.headers("steady")
+            ) as response:
+                books.came_back[f"{method} {path}: {response.status}"] += 1
+                if response.status != 200:
+                    books.wrong.append(f"{method} {path}: {response.status}")
+        await asyncio.sleep(0.5)
 
 
 async def hostile(target: Target, books: Books, until: float) -> None:
@@ -250,6 +283,7 @@ async def load(target: Target, books: Books, seconds: float, reference: str, fil
     jobs = [honest(target, user, books, until, reference) for user in WELL_BEHAVED * 4]
     jobs += [limited(target, user, books, until) for user in ("limited", "late") * 2]
     jobs += [leavers(target, books, until) for _ in range(3)]
+    jobs += [old_fashioned(target, books, until, reference)]
     jobs += [hostile(target, books, until), canary(target, books, until), change_keys(file, until)]
     running = [asyncio.create_task(job) for job in jobs]
     while not all(job.done() for job in running):
@@ -294,6 +328,17 @@ async def main(args: argparse.Namespace) -> int:
             ]
             return sum(found.get(name, 0) - started.get(name, 0) for name in names)
 
+        def gone(name: str, having: str = "") -> float:
+            return sum(
+                value - started.get(key, 0)
+                for key, value in found.items()
+                if key.split("{")[0] == name and having in key
+            )
+
+        def agree(kind: str, *counts: float) -> tuple[str, object, bool]:
+            shown = " ".join(f"{count:.0f}" for count in counts)
+            return f"tokens of {kind}", shown, len(set(counts)) == 1
+
         # The two cores are full, so there are stalls without hostile input too.
         stall = max(books.loud, default=0) - max(books.quiet, default=0)
         checks: list[tuple[str, object, bool]] = [
@@ -306,8 +351,14 @@ async def main(args: argparse.Namespace) -> int:
              total("vllm:num_requests_waiting", found) == 0),
             ("KV cache in use", total("vllm:kv_cache_usage_perc", found),
              total("vllm:kv_cache_usage_perc", found) == 0),
-            *((f"tokens of {user}: told - counted", books.told[user] - counted(user),
-               books.told[user] == counted(user)) for user in WELL_BEHAVED),
+            ("tokens of good: told - counted", books.told["good"] - counted("good"),
+             books.told["good"] == counted("good")),
+            agree("answers: by users, by models, in vLLM",
+                  gone("synthia_user_tokens_total", 'kind="answer"'),
+                  gone("synthia_answer_tokens_total"), gone("vllm:generation_tokens_total")),
+            agree("prompts: by users, by models",
+                  gone("synthia_user_tokens_total", 'kind="prompt"'),
+                  gone("synthia_prompt_tokens_total")),
             ("open files, before and after", f"{before.files} {after.files}",
              after.files <= before.files + 3),
             ("threads, before and after", f"{before.threads} {after.threads}",

@@ -9,6 +9,7 @@ vLLM internal: `StructuredOutputManager` and the backend it makes for ``guidance
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from functools import lru_cache
@@ -85,3 +86,6 @@ def bound() -> None:
     from vllm.v1.engine import core
 
     core.StructuredOutputManager = Manager
+    # The request that meets a bound is told; nobody shall fill the log with what is expected.
+    scheduler = logging.getLogger("vllm.v1.core.sched.scheduler")
+    scheduler.addFilter(lambda record: "grammar rejected tokens" not in str(record.msg))

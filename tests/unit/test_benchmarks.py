@@ -22,7 +22,7 @@ from serving import running
 from workloads import SHAPES, Shape, arrivals, conversations, read_trace
 
 from synthia_vllm.errors import EngineFault, Unavailable
-from synthia_vllm.fake import FakeEngine
+from synthia_vllm.fake import FakeEngine, FakeOutput
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -169,12 +169,12 @@ class Moody(FakeEngine):
         async with super().submit(work, sink):
             yield
 
-    async def _speak(self, work: Work, sink: Sink) -> None:
+    async def _speak(self, work: Work, sink: Sink, made: list[list[FakeOutput]]) -> None:
         if self.seen.index(work) % 7 == 4:
             sink.put(self._steps(work)[0][0], 0)
             sink.fail(EngineFault())
         else:
-            await super()._speak(work, sink)
+            await super()._speak(work, sink, made)
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="requests are sent by vLLM's code")
