@@ -398,6 +398,7 @@ def _sampling_params(work: Work) -> Any:
     structured = None
     if asked.grammar is not None:
         structured = StructuredOutputsParams(**{asked.grammar.kind: asked.grammar.text})
+        structured._backend = "guidance"  # vLLM internal: its check would set it
     repetition = None
     if asked.repetition is not None:
         repetition = RepetitionDetectionParams(*asked.repetition)

@@ -62,6 +62,9 @@ _FORKED_WITH: Final = (
 )
 
 
+# What vLLM loads of ours, see ``pyproject.toml``.
+_PLUGINS: Final = ("synthia-vllm-leash", "synthia-vllm-grammars")
+
 _BINDING: Final = "VLLM_CPU_OMP_THREADS_BIND"
 
 
@@ -335,6 +338,10 @@ def _prepare_environment(options: Mapping[str, Any]) -> None:
         }
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None:  # whoever chooses among plugins has not left ours out on purpose
+        wanted = [*filter(None, chosen.split(",")), *_PLUGINS]
+        os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys(wanted))
     logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
 
 

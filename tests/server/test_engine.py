@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from contextlib import aclosing
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -145,6 +147,16 @@ def test_right_engine_options() -> None:
             "gpu_memory_utilization": 0.5,
         }
     )
+
+
+def test_our_plugins_are_always_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A choice among vLLM's plugins leaves out neither the leash nor the bounds of grammars."""
+    declared = {point.name for point in entry_points(group="vllm.general_plugins")}
+    monkeypatch.setenv("VLLM_PLUGINS", "theirs")
+    check_options({})
+    chosen = os.environ["VLLM_PLUGINS"].split(",")
+    assert chosen[0] == "theirs"
+    assert {name for name in declared if name.startswith("synthia-vllm")} == set(chosen[1:])
 
 
 def test_missing_models_name_the_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
