@@ -284,8 +284,10 @@ class _Answer:
 
     def _ending(self, reason: str, stop: int | str | None) -> str | None:
         """What of the text a stop takes away: itself, or the text of a token that is one."""
-        if reason != "stop" or isinstance(stop, str):
-            return stop if reason == "stop" and isinstance(stop, str) else None
+        if reason != "stop":
+            return None
+        if isinstance(stop, str):
+            return stop
         data = b"" if stop is None else self._engine.token_bytes(stop)
         if data or not self._special:
             return data.decode(errors="replace") or None
