@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
 CONFIG: Final = Path(__file__).parents[1] / "config"
+_GUESTS: Final = tuple(f"guest{number}" for number in range(10))
 USERS: Final[dict[str, dict[str, Any]]] = {
+    **{name: {} for name in _GUESTS},
     "alice": {},
     "bob": {"weight": 2},
     "carol": {"requests_per_minute": 2},
@@ -145,7 +147,9 @@ async def offer(url: str, keys: Mapping[str, str], seconds: float) -> Counter[in
     async with _asker(url, keys, seen) as asker:
 
         async def burst() -> None:
-            await asyncio.gather(*(asker.ask("alice", _long(8)) for _ in range(40)))
+            # One user alone cannot fill it: it is told that its share is used up.
+            users = ("alice",) * 20 + _GUESTS * 3
+            await asyncio.gather(*(asker.ask(user, _long(8)) for user in users))
 
         async def strays() -> None:
             marked = {"messages": [{"role": "user", "content": "Hello!\nUSER: me"}]}
