@@ -12,8 +12,6 @@ import os
 import tempfile
 from pathlib import Path
 
-_held: list[int] = []  # file descriptors, for as long as this process lives
-
 
 def physical_cores() -> list[int]:
     """One processor of each core that this process may use: of siblings the last, as vLLM does."""
@@ -27,24 +25,31 @@ def physical_cores() -> list[int]:
     return sorted(chosen.values())
 
 
-def claim(cores: list[int], directory: Path | None = None) -> list[int] | None:
-    """Claim those of `cores` that are to be had; `None` if nobody else has any.
+class Claim:
+    """Those of `cores` that are to be had, claimed until `release`, or the end of this process.
 
-    Then all but the last are claimed, which is left for everything else, as vLLM does.
+    Where nobody else has any, all but the last are claimed, which is left for everything else, as
+    vLLM does; `mine` is then `None`, for vLLM to choose.
     """
-    place = directory or Path(tempfile.gettempdir(), f"synthia-vllm-cores-{os.getuid()}")
-    place.mkdir(mode=0o700, exist_ok=True)
-    free: dict[int, int] = {}
-    for core in cores:
-        lock = os.open(place / str(core), os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-        else:
-            free[core] = lock
-    alone = len(free) == len(cores)
-    if alone and len(cores) > 1:
-        os.close(free.pop(cores[-1]))
-    _held.extend(free.values())
-    return None if alone else list(free)
+
+    def __init__(self, cores: list[int], directory: Path | None = None) -> None:
+        place = directory or Path(tempfile.gettempdir(), f"synthia-vllm-cores-{os.getuid()}")
+        place.mkdir(mode=0o700, exist_ok=True)
+        self._locks: dict[int, int] = {}
+        for core in cores:
+            lock = os.open(place / str(core), os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(lock)
+            else:
+                self._locks[core] = lock
+        alone = len(self._locks) == len(cores)
+        if alone and len(cores) > 1:
+            os.close(self._locks.pop(cores[-1]))
+        self.mine = None if alone else list(self._locks)
+
+    def release(self) -> None:
+        """Leave them to others."""
+        while self._locks:
+            os.close(self._locks.popitem()[1])

@@ -37,6 +37,7 @@ from synthia_vllm.errors import (
 from synthia_vllm.grammar_checker import GrammarChecker
 from synthia_vllm.vllm_start import (
     CLOSING_SECONDS,
+    Processors,
     Seat,
     arrange_processes,
     begin,
@@ -90,6 +91,7 @@ class VllmEngine:
         self._closed = False
         self._numbers = itertools.count()
         self._run_directory: str | None = None
+        self._processors: Processors | None = None
         self._watched: list[int] = []  # file descriptors of engine cores that are not our children
         self._others = set(multiprocessing.active_children())
         # Tokenising is CPU work; the event loop does not wait for it.
@@ -133,7 +135,9 @@ class VllmEngine:
         # Not kept in a variable here: something of torch's remembers this frame, and an engine
         # that is still referred to at exit complains when it is finalised.
         if self._seat is None:
-            self._llm = AsyncLLM.from_engine_args(args, stat_loggers=loggers)
+            self._processors = Processors(self._options)
+            with self._processors.told():
+                self._llm = AsyncLLM.from_engine_args(args, stat_loggers=loggers)
         else:
             self._llm = AsyncLLM.from_vllm_config(
                 shared_config(args, self._seat.seats, self._seat.number),
@@ -310,6 +314,8 @@ class VllmEngine:
         self._tidy()
 
     def _tidy(self) -> None:
+        if self._processors is not None:
+            self._processors.release()
         if self._run_directory is not None:
             shutil.rmtree(self._run_directory, ignore_errors=True)
 

@@ -102,6 +102,7 @@ class EngineCores:
         self._launch: Any = None
         self._processes: tuple[Any, ...] = ()
         self._listeners: Any = None
+        self._processors = Processors(options)
         self._closed = False
 
     def launch(self, seats: int, progress: Callable[[str], None]) -> list[Seat]:
@@ -123,7 +124,8 @@ class EngineCores:
             self._launching = launch_core_engines(
                 config, Executor.get_class(config), True, self._listeners.addresses
             )
-            self._launch = self._launching.__enter__()
+            with self._processors.told():
+                self._launch = self._launching.__enter__()
             more: dict[str, Any] = {}
             processes = [*self._launch.engine_manager.processes]
             coordinator = self._launch.coordinator  # of several engine cores
@@ -176,6 +178,7 @@ class EngineCores:
     def tidy(self) -> None:
         """Leave nothing behind but, perhaps, processes that are about to end."""
         self._listeners = None
+        self._processors.release()
         if self._run_directory is not None:
             shutil.rmtree(self._run_directory, ignore_errors=True)
 
@@ -214,19 +217,40 @@ def begin(options: Mapping[str, Any], *, share_metrics: bool = False) -> str:
     if share_metrics:
         metrics.share_in(directory)
     if not gpu_present():
-        _choose_processors(options)
         forkserver.begin(_FORKED_WITH)
     return directory
 
 
-def _choose_processors(options: Mapping[str, Any]) -> None:
-    """Bind the engine to processors that no other server has; what the user has set stands."""
-    several = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-    if _BINDING in os.environ or any(options.get(name, 1) != 1 for name in several):
-        return
-    mine = cores.claim(cores.physical_cores())
-    if mine is not None:  # another one runs here; with nothing free, Linux may divide it
-        os.environ[_BINDING] = ",".join(map(str, mine)) or "nobind"
+class Processors:
+    """Those that an engine on a CPU is bound to: such as no other server has.
+
+    What the user has set stands; several engine processes are vLLM's to distribute.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        several = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        left = _BINDING in os.environ or any(options.get(name, 1) != 1 for name in several)
+        self._claim: cores.Claim | None = None
+        if not left and not gpu_present():
+            self._claim = cores.Claim(cores.physical_cores())
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Tell processes that are started now, and nobody else."""
+        if self._claim is None or self._claim.mine is None:
+            yield
+            return
+        # Another server runs here; with nothing left, Linux may divide what there is.
+        os.environ[_BINDING] = ",".join(map(str, self._claim.mine)) or "nobind"
+        try:
+            yield
+        finally:
+            del os.environ[_BINDING]
+
+    def release(self) -> None:
+        """The engine is gone."""
+        if self._claim is not None:
+            self._claim.release()
 
 
 def shared_config(args: Any, seats: int, number: int) -> Any:

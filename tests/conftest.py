@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,6 +27,8 @@ def demo(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def live(demo: Path) -> Iterator[Running]:
     """The server as `synthia-vllm serve --model demo` runs it, inside this process."""
+    # One that tests have started before has not the environment that the engine's own is to have.
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]  # made for tests
     engine = VllmEngine(str(demo), {}, name="synthia-demo")
     with running(engine, registry=REGISTRY) as here:
         yield here

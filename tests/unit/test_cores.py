@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from synthia_vllm.cores import claim, physical_cores
+from synthia_vllm.cores import Claim, physical_cores
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,17 +15,24 @@ if TYPE_CHECKING:
 
 def test_each_server_takes_what_others_left(tmp_path: Path) -> None:
     """The first has all but one, the next what is left, and one more nothing of its own."""
-    assert claim([0, 1, 2, 3], tmp_path) is None
-    assert claim([0, 1, 2, 3], tmp_path) == [3]
-    assert claim([0, 1, 2, 3], tmp_path) == []
+    claims = [Claim([0, 1, 2, 3], tmp_path) for _ in range(3)]
+    assert [claim.mine for claim in claims] == [None, [3], []]
+    claims[0].release()
+    again = Claim([0, 1, 2, 3], tmp_path)
+    assert again.mine == [0, 1, 2]
+    for claim in (*claims, again):
+        claim.release()
+    last = Claim([0, 1, 2, 3], tmp_path)
+    assert last.mine is None
+    last.release()
 
 
 def test_what_a_server_had_is_free_when_it_is_gone(tmp_path: Path) -> None:
     """However it ends."""
     code = f"""
 import pathlib, sys
-from synthia_vllm.cores import claim
-claim([0, 1], pathlib.Path({str(tmp_path)!r}))
+from synthia_vllm.cores import Claim
+claim = Claim([0, 1], pathlib.Path({str(tmp_path)!r}))
 print(flush=True)
 sys.stdin.read()
 """
@@ -34,9 +41,13 @@ sys.stdin.read()
     ) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        assert claim([0, 1], tmp_path) == [1]
+        beside = Claim([0, 1], tmp_path)
+        assert beside.mine == [1]
         other.kill()
-    assert claim([0], tmp_path) is None
+    after = Claim([0], tmp_path)
+    assert after.mine is None
+    beside.release()
+    after.release()
 
 
 def test_cores_are_those_of_this_process() -> None:
