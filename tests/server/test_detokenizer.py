@@ -69,7 +69,9 @@ def said(detokenizer: Any, steps: list[list[int]], *, delta: bool, ended: bool) 
 
 WORDS = st.integers(259, 31999)
 BYTES = st.integers(3, 258)
-CHARACTERS = st.characters(min_codepoint=1).map(lambda c: [3 + byte for byte in c.encode()])
+CHARACTERS = st.characters(min_codepoint=1, codec="utf-8").map(
+    lambda c: [3 + byte for byte in c.encode()]
+)
 TOKENS = st.one_of(
     WORDS.map(lambda token: [token]),
     WORDS.map(lambda token: [token]),
