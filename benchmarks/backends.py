@@ -21,7 +21,7 @@ from typing import Any
 
 from harness import table
 
-from synthia_vllm.demo import ensure_demo
+from synthia_vllm.demo.checkpoint import ensure_demo
 
 EXAMPLES = """\
 examples:

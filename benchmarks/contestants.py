@@ -23,7 +23,7 @@ from edge import Client, Found, Load
 from harness import own_group, say
 from targets import ENGINE, Running, start
 
-from synthia_vllm.prompt import Message, render, tidy
+from synthia_vllm.template.prompt import Message, render, tidy
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from edge import WORD
 
-from synthia_vllm.demo import ensure_demo
+from synthia_vllm.demo.checkpoint import ensure_demo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

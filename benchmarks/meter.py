@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, cast
 from edge import Client, Found, Load, offer
 from harness import percentile
 
-from synthia_vllm.demo_training import dialogues
+from synthia_vllm.demo.training import dialogues
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

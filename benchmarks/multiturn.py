@@ -32,9 +32,9 @@ from typing import TYPE_CHECKING, Any, Final
 from harness import Target, environment, say, serve, spread, table
 from tokenizers import Tokenizer
 
-from synthia_vllm.demo import ensure_demo
-from synthia_vllm.demo_training import dialogues
-from synthia_vllm.prompt import PromptFormat
+from synthia_vllm.demo.checkpoint import ensure_demo
+from synthia_vllm.demo.training import dialogues
+from synthia_vllm.template.prompt import PromptFormat
 
 if TYPE_CHECKING:
     from collections.abc import Callable

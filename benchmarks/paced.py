@@ -29,12 +29,12 @@ def _fake_server(port: int, delay: float, tokens: int) -> None:
     """
     from prometheus_client import CollectorRegistry
 
-    from synthia_vllm.app import create_app
-    from synthia_vllm.engine import Traits
-    from synthia_vllm.fake import FakeEngine
-    from synthia_vllm.metrics import Metrics
-    from synthia_vllm.server import Server
+    from synthia_vllm.engine.base import Traits
+    from synthia_vllm.engine.fake import FakeEngine
+    from synthia_vllm.serve.app import create_app
+    from synthia_vllm.serve.server import Server
     from synthia_vllm.settings import Settings
+    from synthia_vllm.telemetry.metrics import Metrics
 
     engine = FakeEngine(
         pieces=("o",) * 2 * tokens,  # one byte is one token

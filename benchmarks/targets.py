@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import psutil
 from harness import COMMAND, free_port, own_group, say
 
-from synthia_vllm.demo import ensure_demo
+from synthia_vllm.demo.checkpoint import ensure_demo
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

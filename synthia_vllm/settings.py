@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from synthia_vllm.errors import StartupError
-from synthia_vllm.prompt import PRESETS, Markers, Preset, PromptFormat
+from synthia_vllm.template.prompt import PRESETS, Markers, Preset, PromptFormat
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

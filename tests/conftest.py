@@ -9,8 +9,8 @@ import pytest
 from prometheus_client import REGISTRY
 from serving import Running, running
 
-from synthia_vllm.demo import ensure_demo
-from synthia_vllm.vllm_engine import VllmEngine
+from synthia_vllm.demo.checkpoint import ensure_demo
+from synthia_vllm.engine.vllm.client import VllmEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

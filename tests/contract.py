@@ -10,12 +10,12 @@ from collections import Counter
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from synthia_vllm.engine import Sampling, Work
+from synthia_vllm.engine.base import Sampling, Work
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from synthia_vllm.engine import Engine, Output, PromptLogprobs
+    from synthia_vllm.engine.base import Engine, Output, PromptLogprobs
     from synthia_vllm.errors import ApiError
 
 PROMPT = "USER: What is the difference between an Orca, Dolphin and a Seal?\nASSISTANT:"

@@ -15,17 +15,17 @@ import httpx
 from openai import OpenAI
 from prometheus_client import CollectorRegistry
 
-from synthia_vllm.app import create_app
-from synthia_vllm.metrics import Metrics
-from synthia_vllm.server import Server
+from synthia_vllm.serve.app import create_app
+from synthia_vllm.serve.server import Server
 from synthia_vllm.settings import Settings
+from synthia_vllm.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
     from fastapi import FastAPI
 
-    from synthia_vllm.engine import Engine
+    from synthia_vllm.engine.base import Engine
 
 
 @dataclass

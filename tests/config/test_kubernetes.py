@@ -17,10 +17,10 @@ import rules
 from manifests import KUBERNETES, OVERLAYS, Installation, Object, Pod, render
 from processes import COMMAND
 
-from synthia_vllm.app import create_app
-from synthia_vllm.fake import FakeEngine
-from synthia_vllm.metrics import Metrics
+from synthia_vllm.engine.fake import FakeEngine
+from synthia_vllm.serve.app import create_app
 from synthia_vllm.settings import Settings
+from synthia_vllm.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ import sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from synthia_vllm.evaluate import harness_model
+from synthia_vllm.cli.evaluate import harness_model
 
 runs, path, shots, *tasks = sys.argv[1:]
 told = []

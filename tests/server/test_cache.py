@@ -10,7 +10,7 @@ import httpx
 import pytest
 import yaml
 
-from synthia_vllm.tenants import Tenants, new_cache_secret, new_key
+from synthia_vllm.admission.tenants import Tenants, new_cache_secret, new_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

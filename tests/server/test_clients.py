@@ -17,9 +17,9 @@ import pytest
 from pydantic import BaseModel
 from serving import Running, running
 
+from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.engine.fake import FakeEngine
 from synthia_vllm.errors import EngineDead, Unavailable
-from synthia_vllm.fake import FakeEngine
-from synthia_vllm.tenants import new_key
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,7 +13,7 @@ from vllm.tokenizers import get_tokenizer
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
-from synthia_vllm.detokenizer import TableDetokenizer, table
+from synthia_vllm.engine.vllm.detokenizer import TableDetokenizer, table
 
 if TYPE_CHECKING:
     from pathlib import Path

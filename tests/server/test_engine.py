@@ -13,10 +13,10 @@ import pytest
 from contract import CHECKS, PROMPT, outputs_of
 from serving import Running, wait_until
 
-from synthia_vllm.engine import Grammar, Sampling, Work
+from synthia_vllm.engine.base import Grammar, Sampling, Work
+from synthia_vllm.engine.vllm.client import VllmEngine
+from synthia_vllm.engine.vllm.launch import check_model, check_options
 from synthia_vllm.errors import InvalidRequest, StartupError, Unavailable
-from synthia_vllm.vllm_engine import VllmEngine
-from synthia_vllm.vllm_start import check_model, check_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ import pytest
 from serving import running
 
 from synthia_vllm import __version__
-from synthia_vllm.fake import FakeEngine
+from synthia_vllm.engine.fake import FakeEngine
 
 if TYPE_CHECKING:
     from serving import Running
@@ -45,7 +45,7 @@ def harness(runs: list[tuple[str, dict[str, Any]]], tasks: Path, shots: int) -> 
 
 def evaluate(*args: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, "-m", "synthia_vllm.cli", "eval", *map(str, args)],
+        [sys.executable, "-m", "synthia_vllm.cli.main", "eval", *map(str, args)],
         capture_output=True, text=True, check=False, env=OFFLINE,
     )  # fmt: skip
     assert (done.returncode == 0) == ok, done.stderr[-3000:]

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from synthia_vllm.demo_training import dialogues
-from synthia_vllm.prompt import TREE_OF_THOUGHT, Message, PromptFormat, render
+from synthia_vllm.demo.training import dialogues
+from synthia_vllm.template.prompt import TREE_OF_THOUGHT, Message, PromptFormat, render
 
 if TYPE_CHECKING:
     from pathlib import Path

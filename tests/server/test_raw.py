@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from synthia_vllm.prompt import TREE_OF_THOUGHT
+from synthia_vllm.template.prompt import TREE_OF_THOUGHT
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from synthia_vllm.engine import Grammar
+from synthia_vllm.engine.base import Grammar
+from synthia_vllm.engine.grammar_checker import GrammarChecker
+from synthia_vllm.engine.vllm.launch import check_options
 from synthia_vllm.errors import InvalidRequest
-from synthia_vllm.grammar_checker import GrammarChecker
-from synthia_vllm.vllm_start import check_options
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -143,7 +143,7 @@ def test_vllm_checks_no_grammar_in_the_servers_process(live: Running) -> None:
 
     assert live.engine._llm.input_processor.structured_outputs_config is None  # type: ignore[attr-defined]
     # Loaded as a plugin here as in the engine core.
-    assert core.StructuredOutputManager.__module__ == "synthia_vllm.vllm_grammars"
+    assert core.StructuredOutputManager.__module__ == "synthia_vllm.engine.vllm.grammar"
     with pytest.raises(Exception, match="structured_outputs_config cannot be changed"):
         check_options({"structured_outputs_config": {"backend": "xgrammar"}})
 

@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthia_vllm.answer import AnswerFilter, GrammarFilter
+from synthia_vllm.template.answer import AnswerFilter, GrammarFilter
 
 # Text made of what matters: pieces of the marker, white space, and other things.
 PIECES = st.sampled_from(

@@ -18,10 +18,10 @@ import pytest
 import yaml
 from serving import Running, running, wait_until
 
-from synthia_vllm.answer import AnswerFilter
+from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.engine.fake import FakeEngine
 from synthia_vllm.errors import EngineFault, StartupError
-from synthia_vllm.fake import FakeEngine
-from synthia_vllm.tenants import new_key
+from synthia_vllm.template.answer import AnswerFilter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

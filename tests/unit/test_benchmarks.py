@@ -21,13 +21,13 @@ from score import good
 from serving import running
 from workloads import SHAPES, Shape, arrivals, conversations, read_trace
 
+from synthia_vllm.engine.fake import FakeEngine, FakeOutput
 from synthia_vllm.errors import EngineFault, Unavailable
-from synthia_vllm.fake import FakeEngine, FakeOutput
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from synthia_vllm.engine import Sink, Work
+    from synthia_vllm.engine.base import Sink, Work
 
 ROOT = Path(__file__).parents[2]
 

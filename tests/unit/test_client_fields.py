@@ -10,12 +10,12 @@ import httpx
 import pytest
 from serving import Running, running
 
-from synthia_vllm.fake import FakeEngine
+from synthia_vllm.engine.fake import FakeEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from synthia_vllm.engine import Sampling
+    from synthia_vllm.engine.base import Sampling
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "Hi"}

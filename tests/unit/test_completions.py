@@ -10,10 +10,10 @@ import openai
 import pytest
 from serving import Running, running, wait_until
 
-from synthia_vllm.fake import BOS, FIRST_BYTE, FakeEngine
-from synthia_vllm.prompt import TREE_OF_THOUGHT
+from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.engine.fake import BOS, FIRST_BYTE, FakeEngine
 from synthia_vllm.settings import Limits, Transcript
-from synthia_vllm.tenants import new_key
+from synthia_vllm.template.prompt import TREE_OF_THOUGHT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

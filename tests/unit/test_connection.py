@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvicorn
 
-from synthia_vllm.connection import ConnectionLimits, guarded
+from synthia_vllm.http.connection import ConnectionLimits, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -370,7 +370,7 @@ def test_time_out_after_the_response_began() -> None:
 
 def test_time_out_while_the_app_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client whose body nobody reads gets its 408; then reading goes on until it leaves."""
-    monkeypatch.setattr("synthia_vllm.connection._LINGER_SECONDS", 60)
+    monkeypatch.setattr("synthia_vllm.http.connection._LINGER_SECONDS", 60)
 
     class Deaf(App):
         async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -572,7 +572,7 @@ def test_a_request_that_has_come_keeps_its_connection() -> None:
 
 def test_refused_client_can_read_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client may send its request before it reads that it is refused, and gets no reset."""
-    monkeypatch.setattr("synthia_vllm.connection._LINGER_SECONDS", 20)
+    monkeypatch.setattr("synthia_vllm.http.connection._LINGER_SECONDS", 20)
     with serving(App(), max_connections=0) as served, served.client() as client:
         for _ in range(3):
             client.sendall(GET)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
-from synthia_vllm.cores import Claim, physical_cores
+from synthia_vllm.engine.vllm.cores import Claim, physical_cores
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +31,7 @@ def test_what_a_server_had_is_free_when_it_is_gone(tmp_path: Path) -> None:
     """However it ends."""
     code = f"""
 import pathlib, sys
-from synthia_vllm.cores import Claim
+from synthia_vllm.engine.vllm.cores import Claim
 claim = Claim([0, 1], pathlib.Path({str(tmp_path)!r}))
 print(flush=True)
 sys.stdin.read()

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from serving import wait_until
 
-from synthia_vllm import demo
-from synthia_vllm.demo import directory, ensure_demo, make_demo
-from synthia_vllm.demo_training import Recipe, dialogues, mistral_tokenizer
+from synthia_vllm.demo import checkpoint as demo
+from synthia_vllm.demo.checkpoint import directory, ensure_demo, make_demo
+from synthia_vllm.demo.training import Recipe, dialogues, mistral_tokenizer
 from synthia_vllm.errors import StartupError
 
 TINY = Recipe(steps=2, extra_rounds=0)
@@ -22,7 +22,8 @@ TINY = Recipe(steps=2, extra_rounds=0)
 MAKER = """
 import sys, time
 from pathlib import Path
-from synthia_vllm import demo, demo_training
+from synthia_vllm.demo import checkpoint as demo
+from synthia_vllm.demo import training as demo_training
 def progress(line):
     print(line, flush=True)
     if "step 1/" in line:

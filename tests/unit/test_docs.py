@@ -11,10 +11,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from synthia_vllm import __version__
-from synthia_vllm.metrics import Metrics
-from synthia_vllm.protocol import ChatRequest
-from synthia_vllm.raw_protocol import CompletionRequest, TokenizeRequest
+from synthia_vllm.api.completions.protocol import CompletionRequest, TokenizeRequest
+from synthia_vllm.generate.protocol import ChatRequest
 from synthia_vllm.settings import Limits, Settings
+from synthia_vllm.telemetry.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -69,7 +69,7 @@ def test_make_targets_of_the_readme_exist() -> None:
 def test_help(command: list[str]) -> None:
     """Each command has a help; those that do something have examples in it."""
     done = subprocess.run(
-        [sys.executable, "-m", "synthia_vllm.cli", *command],
+        [sys.executable, "-m", "synthia_vllm.cli.main", *command],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     assert len(command) == 1 or "examples:" in done.stdout

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from contract import CHECKS
 
-from synthia_vllm.fake import FakeEngine
+from synthia_vllm.engine.fake import FakeEngine
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from typing import TYPE_CHECKING
 
-from synthia_vllm import forkserver
+from synthia_vllm.engine.vllm import forkserver
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -17,10 +17,10 @@ import pytest
 from llguidance import LLTokenizer
 from processes import children
 
-from synthia_vllm.engine import Grammar
+from synthia_vllm.engine.base import Grammar
+from synthia_vllm.engine.grammar import Refused, check, compile_grammar
+from synthia_vllm.engine.grammar_checker import GrammarChecker
 from synthia_vllm.errors import InvalidRequest
-from synthia_vllm.grammar_checker import GrammarChecker
-from synthia_vllm.grammars import Refused, check, compile_grammar
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from synthia_vllm.cli import main
-from synthia_vllm.tenants import Tenants
+from synthia_vllm.admission.tenants import Tenants
+from synthia_vllm.cli.main import main
 
 if TYPE_CHECKING:
     from pathlib import Path

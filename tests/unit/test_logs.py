@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 
-from synthia_vllm.logs import HumanFormatter, JsonFormatter
+from synthia_vllm.telemetry.logs import HumanFormatter, JsonFormatter
 
 
 def record(**fields: object) -> logging.LogRecord:

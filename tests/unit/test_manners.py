@@ -12,8 +12,8 @@ import pytest
 import yaml
 from serving import Running, running, wait_until
 
-from synthia_vllm.fake import FakeEngine
-from synthia_vllm.tenants import new_key
+from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.engine.fake import FakeEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from synthia_vllm.errors import InvalidRequest
-from synthia_vllm.prompt import (
+from synthia_vllm.template.prompt import (
     TREE_OF_THOUGHT,
     Markers,
     Message,

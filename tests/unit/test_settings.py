@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from synthia_vllm import settings as module
-from synthia_vllm.cli import main
+from synthia_vllm.cli.main import main
 from synthia_vllm.errors import StartupError
-from synthia_vllm.prompt import TREE_OF_THOUGHT
 from synthia_vllm.settings import SYNTHIA, Settings, load, parse_assignment
+from synthia_vllm.template.prompt import TREE_OF_THOUGHT
 
 SHIPPED = Path(__file__).parents[2] / "config" / "server.yaml"
 

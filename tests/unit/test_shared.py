@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from synthia_vllm.admission.remote import Desk, SharedTenants
+from synthia_vllm.admission.tenants import ANONYMOUS, Tenants, new_key
 from synthia_vllm.errors import RateLimited, Unauthorized, Unavailable
-from synthia_vllm.shared import Desk, SharedTenants
-from synthia_vllm.tenants import ANONYMOUS, Tenants, new_key
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine

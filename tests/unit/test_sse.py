@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from synthia_vllm.engine import Sampling, Work
+from synthia_vllm.engine.base import Sampling, Work
+from synthia_vllm.engine.fake import FakeEngine, FakeOutput
 from synthia_vllm.errors import EngineDead
-from synthia_vllm.fake import FakeEngine, FakeOutput
-from synthia_vllm.metrics import BulkHistogram, Metrics
-from synthia_vllm.reply import Piece, Prepared, Reply
-from synthia_vllm.sse import ChatEvents, Outbox, Stream, stream_answer
+from synthia_vllm.generate.response import Piece, Prepared, Reply
+from synthia_vllm.http.sse import ChatEvents, Outbox, Stream, stream_answer
+from synthia_vllm.telemetry.metrics import BulkHistogram, Metrics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from contextlib import AbstractAsyncContextManager
 
-    from synthia_vllm.engine import Output, Sink
+    from synthia_vllm.engine.base import Output, Sink
 
 
 @dataclass

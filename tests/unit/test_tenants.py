@@ -13,8 +13,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthia_vllm.errors import RateLimited, StartupError, Unauthorized, Unavailable
-from synthia_vllm.tenants import (
+from synthia_vllm.admission.tenants import (
     ANONYMOUS,
     ANSWER_COST,
     PROMPT_COST,
@@ -26,6 +25,7 @@ from synthia_vllm.tenants import (
     hash_key,
     new_key,
 )
+from synthia_vllm.errors import RateLimited, StartupError, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from serving import Running, free_port, running, wait_until
 
-from synthia_vllm.cli import main
-from synthia_vllm.engine import Traits
+from synthia_vllm.cli.main import main
+from synthia_vllm.engine.base import Traits
+from synthia_vllm.engine.fake import FIRST_BYTE, FakeEngine
 from synthia_vllm.errors import EngineFault
-from synthia_vllm.fake import FIRST_BYTE, FakeEngine
-from synthia_vllm.prompt import TREE_OF_THOUGHT
+from synthia_vllm.template.prompt import TREE_OF_THOUGHT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-CHAT = "import sys; from synthia_vllm.cli import main; sys.exit(main())"
+CHAT = "import sys; from synthia_vllm.cli.main import main; sys.exit(main())"
 # A terminal is only one from which Ctrl-C reaches the process: make it the controlling one.
 # A test run in the background, as CI may be, has Ctrl-C switched off for all it starts.
 HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "

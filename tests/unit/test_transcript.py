@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from synthia_vllm import transcript
 from synthia_vllm.errors import StartupError
-from synthia_vllm.transcript import Transcripts
+from synthia_vllm.telemetry import transcript
+from synthia_vllm.telemetry.transcript import Transcripts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -192,7 +192,7 @@ def test_half_a_line_is_cut_off(tmp_path: Path) -> None:
 FULL_DISK = """
 import json, resource, signal, subprocess, sys, time
 from pathlib import Path
-from synthia_vllm.transcript import Transcripts
+from synthia_vllm.telemetry.transcript import Transcripts
 place, disk = Path(sys.argv[1]), sys.argv[2]
 def limit(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
@@ -379,7 +379,7 @@ def test_many_users_few_open_files(tmp_path: Path) -> None:
 WRITER = """
 import sys, time
 from pathlib import Path
-from synthia_vllm.transcript import Transcripts
+from synthia_vllm.telemetry.transcript import Transcripts
 kept = Transcripts(Path(sys.argv[1]), max_bytes=5_000, keep=500, fsync="never",
                    on_written=lambda n: None, on_failed=lambda n: print("lost"))
 print("ready", flush=True)

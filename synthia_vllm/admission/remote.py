@@ -1,0 +1,251 @@
+"""What several API processes share: the places and limits of users hold over all of them.
+
+One process keeps the accounts (`Tenants`), at a desk for each API process, which has a line to
+it. A message is a line of JSON, a list. An API process sends these; ``number`` is its own for the
+request, the first two are answered, in the order they were asked:
+
+    ["enter", number, user]                     "said", null | "refused"
+    ["claim", number, prompt, max_tokens, n]    "said", priority | "refused"
+    ["began", number]
+    ["leave", number, prompt, answer, finished]
+    ["batch", size]                             the engine is ready, and runs so many at a time
+    ["runs", ids]                               the engine has taken a request, under these ids
+    ["ran", ids]                                and is done with it
+
+It may be told, unasked, ``["reload"]`` the key file, and to ``["abort", ids]`` in the engine what
+a process that died has left there. A process that is gone gives back all it had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from abc import ABC, abstractmethod
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic_core import from_json, to_json
+
+from synthia_vllm.admission.tenants import Tenants, User, Users
+from synthia_vllm.errors import ApiError, RateLimited, StartupError, Unauthorized, Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from synthia_vllm.admission.tenants import Lease
+
+_REFUSALS: Final[dict[str, Callable[[str, Any], ApiError]]] = {
+    "RateLimited": lambda message, more: RateLimited(message, **more),
+    "Unavailable": lambda message, more: Unavailable(message, **more),
+    "Unauthorized": lambda _message, _more: Unauthorized(),
+}
+
+
+class _Line(asyncio.Protocol, ABC):
+    """Sends and takes messages; what is sent in one round of the event loop goes out together."""
+
+    def __init__(self) -> None:
+        self._transport: asyncio.Transport | None = None
+        self._rest = b""
+        self._unsent: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]  # of a socket, it is one
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            self.take(from_json(line))
+
+    @abstractmethod
+    def take(self, message: list[Any]) -> None:
+        """The other side sent `message`."""
+
+    def tell(self, *message: object) -> None:
+        """Send `message`; who is gone need not know."""
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._send)
+        self._unsent.append(to_json(message) + b"\n")
+
+    def _send(self) -> None:
+        unsent, self._unsent = self._unsent, []
+        if self._transport is not None:
+            self._transport.write(b"".join(unsent))
+
+
+class Desk(_Line):
+    """Where the accounts of `tenants` are kept for one API process.
+
+    `on_batch` is called with the size of the engine's batch, once the process serves; `on_gone`
+    with the engine's ids of what it ran, when it is gone.
+    """
+
+    def __init__(
+        self,
+        tenants: Tenants,
+        *,
+        on_batch: Callable[[int], None],
+        on_gone: Callable[[list[str]], None],
+    ) -> None:
+        super().__init__()
+        self._tenants = tenants
+        self._on_batch = on_batch
+        self._on_gone = on_gone
+        self._leases: dict[int, Lease] = {}
+        self._runs: dict[str, None] = {}
+
+    def take(self, message: list[Any]) -> None:
+        match message:
+            case ["enter", number, name]:
+                self._answer(name, lambda: self._enter(number, name))
+            case ["claim", number, *numbers]:
+                lease = self._leases[number]
+                self._answer(lease.name, lambda: lease.reserve(*numbers))
+            case ["began", number]:
+                self._leases[number].began()
+            case ["leave", number, *counts]:
+                gone = self._leases.pop(number, None)
+                if gone is not None:  # refused, and left before it could know
+                    gone.leave(*counts)
+            case ["runs", ids]:
+                self._runs.update(dict.fromkeys(ids))
+            case ["ran", ids]:
+                for run in ids:
+                    del self._runs[run]
+            case ["batch", size]:
+                self._on_batch(size)
+            case _:
+                raise ValueError(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for lease in self._leases.values():
+            lease.leave(0, 0, 0)
+        self._leases.clear()
+        self._on_gone(list(self._runs))
+
+    def _enter(self, number: int, name: str) -> None:
+        self._leases[number] = self._tenants.enter(name)
+
+    def _answer(self, name: str, decide: Callable[[], int | None]) -> None:
+        try:
+            said: list[Any] = ["said", decide()]
+        except ApiError as error:
+            more = {"code": error.code, "retry_after": error.retry_after}
+            said = ["refused", type(error).__name__, error.message, more]
+        headers = [(str(k, "ascii"), str(v, "ascii")) for k, v in self._tenants.headers(name)]
+        self.tell(*said, headers)
+
+
+class SharedTenants(Users, _Line):
+    """The users as an API process sees them: it knows their keys, and asks for all else."""
+
+    def __init__(self, file: Path | None, cache_secret: bytes | None = None) -> None:
+        _Line.__init__(self)
+        Users.__init__(self, file, cache_secret)
+        self.on_abort: Callable[[list[str]], Awaitable[None]] | None = None
+        """Frees what another process has left in the engine, by its ids there."""
+        self.on_bad_keys: Callable[[], None] = lambda: None
+        """Counts a key file that could not be used; who keeps the accounts has logged it."""
+        self._abort: asyncio.Future[None] | None = None
+        self._numbers = itertools.count()
+        self._asked: deque[tuple[str, asyncio.Future[Any]]] = deque()
+        self._headers: dict[str, list[tuple[bytes, bytes]]] = {}
+
+    def reload(self, *, only_if_changed: bool = False) -> bool:
+        """Read the key file, but only when told: who keeps the accounts looks at it for all."""
+        return not only_if_changed and super().reload()
+
+    async def admit(self, name: str) -> SharedPlace:
+        """As `Tenants.admit`."""
+        place = SharedPlace(self, next(self._numbers), name, self.user(name))
+        try:
+            await self.ask(name, "enter", place.number, name)
+        except asyncio.CancelledError:
+            place.leave(0, 0, 0)
+            raise
+        return place
+
+    def set_batch(self, size: int) -> None:
+        """As `Tenants.set_batch`; it also says that this process serves."""
+        self.tell("batch", size)
+
+    def headers(self, name: str) -> list[tuple[bytes, bytes]]:
+        """As `Tenants.headers`, as it was told last."""
+        return self._headers.get(name, [])
+
+    async def ask(self, name: str, *message: object) -> Any:
+        """Send `message`, on behalf of user `name`, and return the answer, or raise it."""
+        if self._transport is None:
+            raise Unavailable("The server is shutting down.", code="draining")
+        answer = asyncio.get_running_loop().create_future()
+        self._asked.append((name, answer))
+        self.tell(*message)
+        return await answer
+
+    def take(self, message: list[Any]) -> None:
+        match message:
+            case ["said", value, headers]:
+                self._settle(headers, value, None)
+            case ["refused", kind, text, more, headers]:
+                self._settle(headers, None, _REFUSALS[kind](text, more))
+            case ["reload"]:
+                try:
+                    super().reload()
+                except StartupError:
+                    self.on_bad_keys()
+            case ["abort", ids]:
+                if self.on_abort is not None:
+                    self._abort = asyncio.ensure_future(self.on_abort(ids))
+            case _:
+                raise ValueError(message)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        while self._asked:
+            self._settle([], None, Unavailable("The server is shutting down.", code="draining"))
+
+    def _settle(self, headers: list[Any], value: Any, error: ApiError | None) -> None:
+        name, answer = self._asked.popleft()
+        self._headers[name] = [(key.encode(), text.encode()) for key, text in headers]
+        if answer.done():  # the client has left meanwhile
+            return
+        if error is None:
+            answer.set_result(value)
+        else:
+            answer.set_exception(error)
+
+
+class SharedPlace:
+    """A `Place` that is kept elsewhere."""
+
+    __slots__ = ("_tenants", "name", "number", "user")
+
+    def __init__(self, tenants: SharedTenants, number: int, name: str, user: User) -> None:
+        self._tenants = tenants
+        self.number = number
+        self.name = name
+        self.user = user
+
+    def cache_salt(self, own: str | None) -> str | None:
+        """As `Users.cache_salt`."""
+        return self._tenants.cache_salt(self.name, own)
+
+    async def claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
+        """As `Place.claim`."""
+        priority: int = await self._tenants.ask(
+            self.name, "claim", self.number, prompt_tokens, max_tokens, n
+        )
+        return priority
+
+    def began(self) -> None:
+        """As `Place.began`."""
+        self._tenants.tell("began", self.number)
+
+    def leave(self, prompt_tokens: int, answer_tokens: int, finished: int) -> None:
+        """As `Place.leave`."""
+        self._tenants.tell("leave", self.number, prompt_tokens, answer_tokens, finished)

@@ -1,0 +1,204 @@
+"""What the routes share: the engine, its users, and how far it is in its life."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import time
+from typing import TYPE_CHECKING, Final, Literal, Protocol
+
+from synthia_vllm.admission.tenants import Tenants, new_cache_secret
+from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
+from synthia_vllm.telemetry.tracing import Tracer
+from synthia_vllm.telemetry.transcript import Transcripts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from synthia_vllm.admission.remote import SharedTenants
+    from synthia_vllm.engine.base import Engine
+    from synthia_vllm.settings import Settings
+    from synthia_vllm.telemetry.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+
+# Objects made and not yet freed at which the garbage collector looks: not every few requests.
+_GARBAGE_AT: Final = 10_000
+
+WELL_KNOWN: Final = frozenset(
+    {
+        "annotations", "cache_control", "chat_id", "chat_template_kwargs", "id", "name", "num_ctx",
+        "parallel_tool_calls", "prediction", "priority", "reasoning", "reasoning_content",
+        "reasoning_effort", "refusal", "request_id", "service_tier", "session_id", "store",
+        "thinking", "verbosity",
+    }
+)  # fmt: skip
+"""Fields that clients are known to send, counted by name; others together."""
+
+Phase = Literal["starting", "serving", "leaving", "draining", "dead"]
+"""Leaving, the server takes requests, but asks for no more; draining, it takes none."""
+
+
+class Endable(Protocol):
+    """Something that is being answered."""
+
+    def end(self, error: ApiError) -> None:
+        """End it with `error`."""
+
+
+class Service:
+    """One engine, its settings, users and metrics, and the phase it is in.
+
+    Raises `StartupError` if the key file or the place for transcripts cannot be used.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        settings: Settings,
+        metrics: Metrics,
+        tenants: SharedTenants | None = None,
+    ) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.metrics = metrics
+        self.phase: Phase = "starting"
+        self.failure: StartupError | EngineDead | None = None
+        self.created = int(time.time())
+        self.tracer = Tracer() if settings.traces else None
+        self.tenants = tenants or Tenants(
+            settings.keys_file,
+            max_requests=settings.limits.max_requests,
+            max_queue_seconds=settings.limits.max_queue_seconds,
+            cache_secret=new_cache_secret() if settings.cache_per_user else None,
+        )
+        self.reload_wanted = False
+        """Set by a signal: the key file is read again, changed or not."""
+        self._open: set[Endable] = set()
+        self._transcripts: Transcripts | None = None
+        where = settings.transcripts
+        if where.directory is not None:
+            self._transcripts = Transcripts(
+                where.directory,
+                max_bytes=where.max_bytes,
+                keep=where.keep,
+                fsync=where.fsync,
+                on_written=metrics.transcript_lines.inc,
+                on_failed=metrics.transcript_failures.inc,
+            )
+
+    @property
+    def in_flight(self) -> int:
+        """Chat requests being answered."""
+        return len(self._open)
+
+    @property
+    def keeps_text(self) -> bool:
+        """Whether anybody will ask for the text of an answer after it was sent."""
+        return self._transcripts is not None or self.settings.log_content
+
+    def open(self, exchange: Endable) -> None:
+        """`exchange` has arrived."""
+        self._open.add(exchange)
+        self.metrics.in_flight.inc()
+
+    def closed(self, exchange: Endable) -> None:
+        """`exchange` is over."""
+        self._open.remove(exchange)
+        self.metrics.in_flight.dec()
+
+    def end_all(self) -> None:
+        """End what is still being answered: the time to finish is over."""
+        for exchange in list(self._open):
+            exchange.end(
+                Unavailable(
+                    "The server is shutting down and could not finish this answer.",
+                    code="draining",
+                )
+            )
+
+    def require_serving(self) -> None:
+        """Raise if requests cannot be taken now."""
+        if self.phase in ("serving", "leaving"):
+            return
+        if self.phase == "dead":
+            raise EngineDead
+        raise Unavailable(
+            "The server is starting; it takes requests when /ready says so."
+            if self.phase == "starting"
+            else "The server is shutting down and takes no new requests.",
+            code=self.phase,
+        )
+
+    def count_error(self, error: ApiError, route: str, user: str | None = None) -> None:
+        """An error went to a client: on which route, and to whom, if that is known."""
+        code = error.code or "other"
+        self.metrics.errors.labels(code, route).inc()
+        if user is not None and error.status in (403, 429) and not self.tenants.open:
+            self.metrics.user_refusals.labels(user, code).inc()
+
+    def note_ignored(self, paths: Sequence[str]) -> None:
+        """A request had fields that changed nothing."""
+        for path in paths:
+            name = path.rpartition(".")[2]
+            self.metrics.ignored_fields.labels(name if name in WELL_KNOWN else "other").inc()
+        logger.debug("ignored of a request: %s", ", ".join(paths))
+
+    def count_tokens(self, user: str, prompt: int, answer: int) -> None:
+        """Tokens ran for `user`."""
+        if not self.tenants.open:
+            self.metrics.user_tokens.labels(user, "prompt").inc(prompt)
+            self.metrics.user_tokens.labels(user, "answer").inc(answer)
+
+    def keep(self, user: str, question: str, answers: Sequence[str]) -> None:
+        """Keep a whole answer in the transcripts, if there are any."""
+        if self._transcripts is not None:
+            for answer in answers:
+                self._transcripts.add(user, question, answer)
+
+    def _look_at_keys(self) -> None:
+        """Read the key file again if it has changed; a bad one leaves the users as they are."""
+        wanted, self.reload_wanted = self.reload_wanted, False
+        try:
+            if not self.tenants.reload(only_if_changed=not wanted):
+                return
+        except StartupError as error:
+            self.metrics.key_reload_failures.inc()
+            logger.error("%s The users stay as they were.", error)
+        else:
+            logger.info("The key file was read: %d users.", len(self.tenants.names))
+
+    async def run(self, progress: Callable[[str], None], on_failure: Callable[[], None]) -> None:
+        """Start the engine, then watch it until this task is cancelled."""
+        thresholds = gc.get_threshold()
+        try:
+            await self.engine.start(progress)
+            self.tenants.set_batch(self.engine.traits.max_num_seqs)
+            self.metrics.engine_places.set(self.engine.traits.max_num_seqs)
+            # What is there now stays: torch and vLLM alone are a million objects, and looking
+            # through them for garbage was a third of the CPU of streaming, in pauses of 0.3 s.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(_GARBAGE_AT)
+            self.phase = "serving"
+            host, port = self.settings.host, self.settings.port
+            progress(f"ready: {', '.join(self.settings.served)} at http://{host}:{port}/v1")
+            while True:
+                self.engine.check()
+                self._look_at_keys()
+                await asyncio.sleep(0.25)
+        except (StartupError, EngineDead) as error:
+            if self.phase in ("leaving", "draining"):  # Ctrl-C reaches the engine's processes too
+                return
+            self.phase = "dead"
+            self.failure = error
+            on_failure()
+        finally:
+            gc.set_threshold(*thresholds)
+            gc.unfreeze()  # the interpreter tidies up at exit what it can find
+
+    def close(self) -> None:
+        """Write what is still to be written."""
+        if self._transcripts is not None:
+            self._transcripts.close()
