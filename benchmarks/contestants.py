@@ -23,7 +23,7 @@ from edge import Client, Found, Load
 from harness import own_group, say
 from targets import ENGINE, Running, start
 
-from synthia_vllm.template.prompt import Message, render, tidy
+from synthia_vllm.template.prompt import Message, normalize_messages, render
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -143,7 +143,7 @@ class Direct:
 def prompt(load: Load, number: int) -> str:
     """The text that a server makes of request `number` of `load`."""
     turns = json.loads(load.body(number))["messages"]
-    return render(tidy([Message(turn["role"], turn["content"]) for turn in turns])[0])
+    return render(normalize_messages([Message(turn["role"], turn["content"]) for turn in turns])[0])
 
 
 @asynccontextmanager

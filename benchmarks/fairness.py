@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import Outcome, Target, environment, percentile, say, serve, table
 
-from synthia_vllm.admission.tenants import ANSWER_COST, PROMPT_COST
+from synthia_vllm.admission.fair_share import ANSWER_COST, PROMPT_COST
 
 EXAMPLES = """\
 examples:

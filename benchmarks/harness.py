@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import yaml
 
-from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.admission.users import new_key
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping, Sequence

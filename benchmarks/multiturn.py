@@ -34,7 +34,7 @@ from tokenizers import Tokenizer
 
 from synthia_vllm.demo.checkpoint import ensure_demo
 from synthia_vllm.demo.training import dialogues
-from synthia_vllm.template.prompt import PromptFormat
+from synthia_vllm.template.formats import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -225,7 +225,7 @@ class Run:
     environment: dict[str, Any]
 
 
-async def run(fmt: PromptFormat, words: Words, args: argparse.Namespace) -> Run:
+async def run(fmt: str, words: Words, args: argparse.Namespace) -> Run:
     """Hold all conversations with a server of the format `fmt`."""
     options = [part for option in args.engine for part in ("--engine", option)]
     async with serve("--format", fmt, *options) as target:
@@ -278,7 +278,7 @@ def summed(conversations: list[Conversation], block: int, only: int | None = Non
     return total
 
 
-def show(runs: dict[PromptFormat, Run]) -> None:
+def show(runs: dict[str, Run]) -> None:
     """Print the tables."""
     heads = [f"{fmt} {what}" for fmt in runs for what in ("cached", "ideal", "share")]
 
@@ -328,8 +328,8 @@ def _of(conversations: list[Conversation], kind: str) -> list[Conversation]:
 
 async def main(args: argparse.Namespace) -> int:
     words = Words()
-    runs = {fmt: await run(fmt, words, args) for fmt in PromptFormat}
-    documented = runs[PromptFormat.DOCUMENTED]
+    runs = {fmt: await run(fmt, words, args) for fmt in FORMATS}
+    documented = runs["documented"]
     print(f"Blocks of {documented.block} tokens; sums over all turns.\n")
     show(runs)
     found = [summed(part, documented.block) for part in (documented.alone, documented.at_once)]

@@ -29,7 +29,7 @@ def _fake_server(port: int, delay: float, tokens: int) -> None:
     """
     from prometheus_client import CollectorRegistry
 
-    from synthia_vllm.engine.base import Traits
+    from synthia_vllm.engine.base import ModelInfo
     from synthia_vllm.engine.fake import FakeEngine
     from synthia_vllm.serve.app import create_app
     from synthia_vllm.serve.server import Server
@@ -39,7 +39,9 @@ def _fake_server(port: int, delay: float, tokens: int) -> None:
     engine = FakeEngine(
         pieces=("o",) * 2 * tokens,  # one byte is one token
         delay=delay,
-        traits=Traits(max_model_len=4096, vocab_size=32000, longest_token=1, max_num_seqs=4096),
+        model_info=ModelInfo(
+            max_model_len=4096, vocab_size=32000, longest_token=1, max_num_seqs=4096
+        ),
     )
     limits = {"max_requests": 4096, "max_queue_seconds": 1000}
     settings = Settings.model_validate({"model": "demo", "port": port, "limits": limits})

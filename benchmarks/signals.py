@@ -90,7 +90,11 @@ WORKLOADS: Final = {
     "chat": Workload(Shape(64, 192), 8, 19, _TIGHT, "short prompts, long answers"),
     "documents": Workload(Shape(1400, 96), 3.8, 9.5, _TIGHT, "long prompts, long answers"),
     "assistant": Workload(
-        Shape(48, 96, system_tokens=1024), 14, 32, _TIGHT, "a long system prompt that all share"
+        Shape(48, 96, system_tokens=1024),
+        14,
+        32,
+        _TIGHT,
+        "a long system prompt that all share",
     ),
     "classify": Workload(Shape(1024, 4), 19, 45, _ROOMY, "long prompts, answers of four tokens"),
 }

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from synthia_vllm.errors import StartupError
-from synthia_vllm.template.prompt import PRESETS, Markers, Preset, PromptFormat
+from synthia_vllm.template.formats import FORMATS, PromptFormat
+from synthia_vllm.template.prompt import PRESETS, Markers, Preset
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,6 +64,13 @@ class Transcript(_Section):
     fsync: Literal["never", "always"] = "never"
 
 
+def _known_format(name: str) -> str:
+    if name not in FORMATS:
+        names = " or ".join(map(repr, FORMATS))
+        raise PydanticCustomError("unknown_format", "Input should be {names}", {"names": names})
+    return name
+
+
 class Settings(_Section):
     """All of the configuration, immutable."""
 
@@ -71,7 +80,7 @@ class Settings(_Section):
     model: str = Field("auto", min_length=1)
     served_name: str | None = Field(None, min_length=1, pattern=r"^[^\s/][^\s]*$")
     preset: Literal["none", "tree-of-thought"] = "none"
-    format: PromptFormat = PromptFormat.DOCUMENTED
+    format: Annotated[str, AfterValidator(_known_format)] = "documented"
     markers: Markers = Markers.ESCAPE
     overflow: Literal["error", "drop-oldest"] = "error"
     unknown_fields: Literal["say", "refuse"] = "say"
@@ -109,6 +118,11 @@ class Settings(_Section):
     def refuse_unknown(self) -> bool:
         """Whether a field of a request that is not known is an error."""
         return self.unknown_fields == "refuse"
+
+    @property
+    def prompt_format(self) -> PromptFormat:
+        """How conversations are written."""
+        return FORMATS[self.format]
 
     @property
     def resolved_model(self) -> str:

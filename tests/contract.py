@@ -10,7 +10,7 @@ from collections import Counter
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-from synthia_vllm.engine.base import Sampling, Work
+from synthia_vllm.engine.base import EngineRequest, Sampling
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -23,11 +23,11 @@ PROMPT = "USER: What is the difference between an Orca, Dolphin and a Seal?\nASS
 
 async def outputs_of(
     engine: Engine,
-    work: Work,
+    request: EngineRequest,
     came: Counter[int] | None = None,
     told: Counter[int] | None = None,
 ) -> AsyncGenerator[Output, None]:
-    """Run `work`; its outputs as they come, to the end of the last choice.
+    """Run `request`; its outputs as they come, to the end of the last choice.
 
     `came` gets the tokens of each choice that were put out; `told` those that ran of one that is
     left before its end.
@@ -36,7 +36,7 @@ async def outputs_of(
 
     class Arrived:
         def put(self, output: Output, cached_tokens: int) -> None:
-            assert 0 <= cached_tokens < len(work.prompt_token_ids)
+            assert 0 <= cached_tokens < len(request.prompt_token_ids)
             queue.put_nowait(output)
             if came is not None:
                 came[output.index] += len(output.token_ids)
@@ -48,8 +48,8 @@ async def outputs_of(
             if told is not None:
                 told[index] = tokens
 
-    open_choices = work.sampling.n
-    async with engine.submit(work, Arrived()):
+    open_choices = request.sampling.n
+    async with engine.submit(request, Arrived()):
         while open_choices:
             found = await queue.get()
             if isinstance(found, Exception):
@@ -62,8 +62,10 @@ async def outputs(engine: Engine, *, deltas: bool = True, **sampling: Any) -> li
     """All outputs of one request, with greedy sampling."""
     tokens = await engine.tokenize(PROMPT)
     asked = Sampling(**{"max_tokens": 40, "temperature": 0.0, "stop": ("USER:",), **sampling})
-    work = Work(request_id="contract", prompt_token_ids=tokens, sampling=asked, deltas=deltas)
-    async with aclosing(outputs_of(engine, work)) as found:
+    request = EngineRequest(
+        request_id="contract", prompt_token_ids=tokens, sampling=asked, deltas=deltas
+    )
+    async with aclosing(outputs_of(engine, request)) as found:
         return [output async for output in found]
 
 
@@ -75,7 +77,7 @@ async def tokens_carry_the_text(engine: Engine) -> None:
     # SentencePiece puts a space in front of a text.
     assert b"".join(engine.token_bytes(i) for i in ids[1:]).decode().strip() == text.strip()
     assert len(ids) > 10
-    assert all(0 <= i < engine.traits.vocab_size for i in ids)
+    assert all(0 <= i < engine.model_info.vocab_size for i in ids)
 
 
 async def deltas_add_up(engine: Engine) -> None:
@@ -141,14 +143,14 @@ async def prompt_can_be_scored(engine: Engine) -> None:
     tokens = await engine.tokenize(PROMPT)
     for deltas in (True, False):
         told: list[PromptLogprobs] = []
-        work = Work(
+        request = EngineRequest(
             request_id="scored",
             prompt_token_ids=tokens,
             sampling=Sampling(max_tokens=2, temperature=0.0, prompt_logprobs=1),
             deltas=deltas,
             on_prompt=told.append,
         )
-        async with aclosing(outputs_of(engine, work)) as found:
+        async with aclosing(outputs_of(engine, request)) as found:
             async for _ in found:
                 assert len(told) == 1
         [(first, *others)] = told
@@ -163,19 +165,21 @@ async def tokens_have_a_text(engine: Engine) -> None:
     text = "USER: Où est l'orque? 鯨"
     ids = await engine.tokenize(text)
     assert (await engine.detokenize(ids[1:])).strip() == text
-    assert await engine.detokenize(ids[:1]) == engine.traits.bos == "<s>"
-    assert engine.traits.special_tokens[ids[0]] == engine.traits.bos
+    assert await engine.detokenize(ids[:1]) == engine.model_info.bos == "<s>"
+    assert engine.model_info.special_tokens[ids[0]] == engine.model_info.bos
 
 
 async def leaving_is_allowed(engine: Engine) -> None:
     """Closing the stream half-way, or cancelling a task in it, ends the request quietly."""
     tokens = await engine.tokenize(PROMPT)
-    work = Work(request_id="left", prompt_token_ids=tokens, sampling=Sampling(max_tokens=400))
-    async with aclosing(outputs_of(engine, work)) as steps:
+    request = EngineRequest(
+        request_id="left", prompt_token_ids=tokens, sampling=Sampling(max_tokens=400)
+    )
+    async with aclosing(outputs_of(engine, request)) as steps:
         await anext(steps)
 
     async def consume() -> None:
-        async with aclosing(outputs_of(engine, work)) as steps:
+        async with aclosing(outputs_of(engine, request)) as steps:
             async for _ in steps:
                 pass
 
@@ -187,16 +191,16 @@ async def leaving_is_allowed(engine: Engine) -> None:
 
 
 async def what_ran_is_told_of_what_is_left(engine: Engine) -> None:
-    """Left before the end, streamed or not, a work says how many tokens of each choice ran."""
+    """Left before the end, streamed or not, a request says how many tokens of each choice ran."""
     tokens = await engine.tokenize(PROMPT)
     asked = Sampling(max_tokens=400, n=2, temperature=0.75)
-    plain = Work(request_id="plain", prompt_token_ids=tokens, sampling=asked, deltas=False)
+    plain = EngineRequest(request_id="plain", prompt_token_ids=tokens, sampling=asked, deltas=False)
     of_plain: Counter[int] = Counter()
     waiting = asyncio.ensure_future(anext(outputs_of(engine, plain, None, of_plain)))
-    work = Work(request_id="streamed", prompt_token_ids=tokens, sampling=asked)
+    request = EngineRequest(request_id="streamed", prompt_token_ids=tokens, sampling=asked)
     came: Counter[int] = Counter()
     told: Counter[int] = Counter()
-    async with aclosing(outputs_of(engine, work, came, told)) as steps:
+    async with aclosing(outputs_of(engine, request, came, told)) as steps:
         async for _ in steps:
             if min(came[0], came[1]) >= 3:  # the other one began before
                 break
@@ -208,13 +212,15 @@ async def what_ran_is_told_of_what_is_left(engine: Engine) -> None:
 
 
 async def what_is_complete_is_not_told(engine: Engine) -> None:
-    """A work that came to its end has nothing to add to its outputs."""
+    """A request that came to its end has nothing to add to its outputs."""
     tokens = await engine.tokenize(PROMPT)
     told: Counter[int] = Counter()
     for deltas in (True, False):
         asked = Sampling(max_tokens=3)
-        work = Work(request_id="all", prompt_token_ids=tokens, sampling=asked, deltas=deltas)
-        async with aclosing(outputs_of(engine, work, None, told)) as steps:
+        request = EngineRequest(
+            request_id="all", prompt_token_ids=tokens, sampling=asked, deltas=deltas
+        )
+        async with aclosing(outputs_of(engine, request, None, told)) as steps:
             async for _ in steps:
                 pass
     assert not told

@@ -94,8 +94,8 @@ def running(
         url = f"http://127.0.0.1:{settings.port}"
         here = Running(url, app, engine, metrics, loops[0], server)
         if ready:
-            wait_until(lambda: app.state.service.phase != "starting", 300)
-            assert httpx.get(f"{url}/ready").status_code == 200, app.state.service.failure
+            wait_until(lambda: app.server_state.phase != "starting", 300)
+            assert httpx.get(f"{url}/ready").status_code == 200, app.server_state.failure
         yield here
         if "client" in vars(here):
             here.client.close()

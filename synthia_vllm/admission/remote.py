@@ -1,8 +1,9 @@
 """What several API processes share: the places and limits of users hold over all of them.
 
-One process keeps the accounts (`Tenants`), at a desk for each API process, which has a line to
-it. A message is a line of JSON, a list. An API process sends these; ``number`` is its own for the
-request, the first two are answered, in the order they were asked:
+One process keeps the accounts (`AdmissionController`), with an `AdmissionServer` for each API
+process, which has an `AdmissionClient`. A message is a line of JSON, a list. An API process sends
+these; ``number`` is its own for the request, the first two are answered, in the order they were
+asked:
 
     ["enter", number, user]                     "said", null | "refused"
     ["claim", number, prompt, max_tokens, n]    "said", priority | "refused"
@@ -26,14 +27,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import from_json, to_json
 
-from synthia_vllm.admission.tenants import Tenants, User, Users
+from synthia_vllm.admission.permits import AdmissionController, AdmissionPermit
+from synthia_vllm.admission.users import User, Users
 from synthia_vllm.errors import ApiError, RateLimited, StartupError, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from pathlib import Path
 
-    from synthia_vllm.admission.tenants import Lease
+    from synthia_vllm.admission.permits import LocalPermit
 
 _REFUSALS: Final[dict[str, Callable[[str, Any], ApiError]]] = {
     "RateLimited": lambda message, more: RateLimited(message, **more),
@@ -77,8 +79,8 @@ class _Line(asyncio.Protocol, ABC):
             self._transport.write(b"".join(unsent))
 
 
-class Desk(_Line):
-    """Where the accounts of `tenants` are kept for one API process.
+class AdmissionServer(_Line):
+    """Where the accounts of `admission` are kept for one API process.
 
     `on_batch` is called with the size of the engine's batch, once the process serves; `on_gone`
     with the engine's ids of what it ran, when it is gone.
@@ -86,16 +88,16 @@ class Desk(_Line):
 
     def __init__(
         self,
-        tenants: Tenants,
+        admission: AdmissionController,
         *,
         on_batch: Callable[[int], None],
         on_gone: Callable[[list[str]], None],
     ) -> None:
         super().__init__()
-        self._tenants = tenants
+        self._admission = admission
         self._on_batch = on_batch
         self._on_gone = on_gone
-        self._leases: dict[int, Lease] = {}
+        self._permits: dict[int, LocalPermit] = {}
         self._runs: dict[str, None] = {}
 
     def take(self, message: list[Any]) -> None:
@@ -103,12 +105,12 @@ class Desk(_Line):
             case ["enter", number, name]:
                 self._answer(name, lambda: self._enter(number, name))
             case ["claim", number, *numbers]:
-                lease = self._leases[number]
-                self._answer(lease.name, lambda: lease.reserve(*numbers))
+                permit = self._permits[number]
+                self._answer(permit.name, lambda: permit.reserve(*numbers))
             case ["began", number]:
-                self._leases[number].began()
+                self._permits[number].began()
             case ["leave", number, *counts]:
-                gone = self._leases.pop(number, None)
+                gone = self._permits.pop(number, None)
                 if gone is not None:  # refused, and left before it could know
                     gone.leave(*counts)
             case ["runs", ids]:
@@ -123,13 +125,13 @@ class Desk(_Line):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        for lease in self._leases.values():
-            lease.leave(0, 0, 0)
-        self._leases.clear()
+        for permit in self._permits.values():
+            permit.leave(0, 0, 0)
+        self._permits.clear()
         self._on_gone(list(self._runs))
 
     def _enter(self, number: int, name: str) -> None:
-        self._leases[number] = self._tenants.enter(name)
+        self._permits[number] = self._admission.enter(name)
 
     def _answer(self, name: str, decide: Callable[[], int | None]) -> None:
         try:
@@ -137,16 +139,19 @@ class Desk(_Line):
         except ApiError as error:
             more = {"code": error.code, "retry_after": error.retry_after}
             said = ["refused", type(error).__name__, error.message, more]
-        headers = [(str(k, "ascii"), str(v, "ascii")) for k, v in self._tenants.headers(name)]
+        headers = [(str(k, "ascii"), str(v, "ascii")) for k, v in self._admission.headers(name)]
         self.tell(*said, headers)
 
 
-class SharedTenants(Users, _Line):
+class AdmissionClient(Users, _Line):
     """The users as an API process sees them: it knows their keys, and asks for all else."""
 
-    def __init__(self, file: Path | None, cache_secret: bytes | None = None) -> None:
+    def __init__(
+        self, file: Path | None, *, max_requests: int, cache_secret: bytes | None = None
+    ) -> None:
         _Line.__init__(self)
         Users.__init__(self, file, cache_secret)
+        self._max_requests = max_requests
         self.on_abort: Callable[[list[str]], Awaitable[None]] | None = None
         """Frees what another process has left in the engine, by its ids there."""
         self.on_bad_keys: Callable[[], None] = lambda: None
@@ -160,22 +165,22 @@ class SharedTenants(Users, _Line):
         """Read the key file, but only when told: who keeps the accounts looks at it for all."""
         return not only_if_changed and super().reload()
 
-    async def admit(self, name: str) -> SharedPlace:
-        """As `Tenants.admit`."""
-        place = SharedPlace(self, next(self._numbers), name, self.user(name))
+    async def admit(self, name: str) -> RemotePermit:
+        """As `AdmissionController.admit`."""
+        permit = RemotePermit(self, next(self._numbers), name, self.user(name), self._max_requests)
         try:
-            await self.ask(name, "enter", place.number, name)
+            await self.ask(name, "enter", permit.number, name)
         except asyncio.CancelledError:
-            place.leave(0, 0, 0)
+            permit.leave(0, 0, 0)
             raise
-        return place
+        return permit
 
     def set_batch(self, size: int) -> None:
-        """As `Tenants.set_batch`; it also says that this process serves."""
+        """As `AdmissionController.set_batch`; it also says that this process serves."""
         self.tell("batch", size)
 
     def headers(self, name: str) -> list[tuple[bytes, bytes]]:
-        """As `Tenants.headers`, as it was told last."""
+        """As `AdmissionController.headers`, as it was told last."""
         return self._headers.get(name, [])
 
     async def ask(self, name: str, *message: object) -> Any:
@@ -220,32 +225,26 @@ class SharedTenants(Users, _Line):
             answer.set_exception(error)
 
 
-class SharedPlace:
-    """A `Place` that is kept elsewhere."""
+class RemotePermit(AdmissionPermit):
+    """A permit of the `AdmissionController` in the supervisor's process."""
 
-    __slots__ = ("_tenants", "name", "number", "user")
+    __slots__ = ("_client", "number")
 
-    def __init__(self, tenants: SharedTenants, number: int, name: str, user: User) -> None:
-        self._tenants = tenants
+    def __init__(
+        self, client: AdmissionClient, number: int, name: str, user: User, max_requests: int
+    ) -> None:
+        super().__init__(client, name, user, max_requests)
+        self._client = client
         self.number = number
-        self.name = name
-        self.user = user
 
-    def cache_salt(self, own: str | None) -> str | None:
-        """As `Users.cache_salt`."""
-        return self._tenants.cache_salt(self.name, own)
-
-    async def claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
-        """As `Place.claim`."""
-        priority: int = await self._tenants.ask(
+    async def _claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
+        priority: int = await self._client.ask(
             self.name, "claim", self.number, prompt_tokens, max_tokens, n
         )
         return priority
 
     def began(self) -> None:
-        """As `Place.began`."""
-        self._tenants.tell("began", self.number)
+        self._client.tell("began", self.number)
 
     def leave(self, prompt_tokens: int, answer_tokens: int, finished: int) -> None:
-        """As `Place.leave`."""
-        self._tenants.tell("leave", self.number, prompt_tokens, answer_tokens, finished)
+        self._client.tell("leave", self.number, prompt_tokens, answer_tokens, finished)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from fastapi.responses import HTMLResponse
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from synthia_vllm.http.application import Application
 
 
-def add_page(app: FastAPI) -> None:
+def attach(app: Application) -> None:
     """Add the route. The page holds no secret, so it needs no key; what it asks for does."""
     html = files("synthia_vllm.api").joinpath("playground.html").read_text(encoding="utf-8")
     headers = {

@@ -11,13 +11,10 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
-from synthia_vllm.admission.tenants import KeyRing, User, new_key
+from synthia_vllm.admission.users import KeyRing, User, new_key
 from synthia_vllm.errors import StartupError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _EXAMPLES: Final = """\
 examples:
@@ -32,14 +29,8 @@ takes the change over within a second. A second `new` for the same user adds a k
 can be changed without a gap: add one, move the clients, then delete the old hash from the file.
 """
 
-# The limits a user can have, as flags: what the number means, and its type.
-_LIMITS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
-    "weight": ("share of the engine when it is contended; 1 is the usual one", float),
-    "requests_per_minute": ("requests a minute", int),
-    "tokens_per_minute": ("tokens a minute, prompt and answer together", int),
-    "concurrent_requests": ("answers in the making at a time", int),
-    "max_tokens": ("the longest answer, in tokens", int),
-}
+_LIMITS: Final = {name: field for name, field in User.model_fields.items() if field.description}
+"""What can be given to a user by a flag."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     for command in (new, remove):
         command.add_argument("name", metavar="NAME", help="the user")
-    for name, (text, kind) in _LIMITS.items():
-        new.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    for name, field in _LIMITS.items():
+        new.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=float if field.annotation is float else int,
+            metavar="N",
+            help=field.description,
+        )
     new.add_argument(
         "--cache-group", metavar="GROUP", help="share the prefix cache with the users of this group"
     )

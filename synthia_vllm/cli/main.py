@@ -1,4 +1,4 @@
-"""The command line: parses, wires the rooms together, and runs."""
+"""The command line: parses, wires the parts together, and runs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from synthia_vllm.cli import chat as terminal
 from synthia_vllm.cli import evaluate, keys
 from synthia_vllm.cli import render as rendering
 from synthia_vllm.errors import StartupError
+from synthia_vllm.template.formats import FORMATS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +43,7 @@ _FLAGS: Final[dict[str, str]] = {
     "model": "'demo', a hub name, or a directory (default: Synthia-7B-v3.0 with a GPU, else demo)",
     "served_name": "model name clients use (default: from the model)",
     "preset": "system message for requests without one: none, tree-of-thought",
-    "format": "prompt format: documented, example",
+    "format": f"prompt format: {', '.join(FORMATS)}",
     "markers": "role markers in content: escape, reject, allow",
     "overflow": "conversations too long for the context: error, drop-oldest",
     "log_level": "debug, info, warning, error",
@@ -149,7 +150,7 @@ def _serve(args: argparse.Namespace) -> int:
     settings = _settings(args)
     if args.print_config:
         if settings.engine:
-            from synthia_vllm.engine.vllm.launch import check_options
+            from synthia_vllm.engine.vllm.options import check_options
 
             check_options(settings.engine)
         print(settings.to_yaml(), end="")
@@ -160,7 +161,7 @@ def _serve(args: argparse.Namespace) -> int:
     logs.configure(settings.log_level, settings.log_format)
     progress = _Progress()
 
-    from synthia_vllm.engine.vllm.launch import check_model
+    from synthia_vllm.engine.vllm.hub import check_model
 
     model = settings.resolved_model
     if model == "demo":
@@ -175,7 +176,7 @@ def _serve(args: argparse.Namespace) -> int:
         from synthia_vllm.serve.supervisor import Supervisor
 
         supervisor = Supervisor(settings, model, progress)
-        if supervisor.tenants.open:
+        if supervisor.admission.open:
             _warn_of_open_server(settings)
         return supervisor.run()
     return _serve_alone(settings, model, progress)
@@ -207,19 +208,19 @@ def _serve_alone(settings: Settings, model: str, progress: _Progress) -> int:
         on_failure=stop,
     )
     server = Server(app, settings)
-    service = app.state.service
-    if service.tenants.open:
+    state = app.server_state
+    if state.admission.open:
         _warn_of_open_server(settings)
 
     def reload_keys(*_: object) -> None:
-        service.reload_wanted = True
+        state.admission.reload_wanted = True
 
     signal.signal(signal.SIGHUP, reload_keys)
     server.run([port])
-    if server.hurried:  # wait for nothing, neither threads nor processes
+    if server.forced_exit:  # wait for nothing, neither threads nor processes
         engine.kill()
         os._exit(1)
-    failure = service.failure
+    failure = state.failure
     if isinstance(failure, StartupError):
         raise failure
     if failure is not None:  # the engine died: a supervisor should start us again

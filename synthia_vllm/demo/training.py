@@ -23,7 +23,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from synthia_vllm.template.prompt import TREE_OF_THOUGHT, TURN_STOP, Message, PromptFormat, render
+from synthia_vllm.template.formats import DOCUMENTED, EXAMPLE, PromptFormat
+from synthia_vllm.template.prompt import TREE_OF_THOUGHT, Message, render
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -196,7 +197,7 @@ class _Reader:
     def sequence(self, length: int) -> _Tokens:
         """`length` + 1 tokens, in a random format and with a random system message or none."""
         documented = self._random.random() < self._recipe.documented_share
-        fmt = PromptFormat.DOCUMENTED if documented else PromptFormat.EXAMPLE
+        fmt = DOCUMENTED if documented else EXAMPLE
         system = self._system()
         turns = self._turns()
         asked, answer = next(turns)
@@ -220,8 +221,7 @@ class _Reader:
         messages.append(Message("user", turns[-1].user))
         ids = self._tokenizer.encode(render(messages, fmt)).ids
         lead = "" if ids[-1] == _LONE_SPACE else " "
-        end = "\n" if fmt is PromptFormat.DOCUMENTED else " \n"
-        after = self._piece(lead + turns[-1].assistant + end + TURN_STOP)[0]
+        after = self._piece(lead + turns[-1].assistant + fmt.turn_end + fmt.stops[0])[0]
         return _Tokens(ids + after, [0.0] * len(ids) + [1.0] * len(after))
 
     def _turns(self) -> Iterator[tuple[str, str]]:
@@ -272,7 +272,7 @@ class _Reader:
         question_at = step.index(question, len(answer))
         ids: list[int] = []
         weights: list[float] = []
-        if fmt is PromptFormat.DOCUMENTED:
+        if fmt is DOCUMENTED:
             lead = 0
         elif self._random.random() < 0.75:
             lead = 0
@@ -466,7 +466,7 @@ class _Trainer:
     def _chances(self, turns: Sequence[Turn]) -> list[float]:
         """The probabilities of the last answer of `turns`, one for each way to ask for it."""
         chances = []
-        for fmt in PromptFormat:
+        for fmt in (DOCUMENTED, EXAMPLE):
             for system in (None, TREE_OF_THOUGHT.system):
                 recital = self._reader.recital(turns, system, fmt)
                 losses, _ = self._losses([recital], temperature=0.75)

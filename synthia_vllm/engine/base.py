@@ -1,6 +1,6 @@
 """The seam: all the server knows of an inference engine.
 
-One engine takes validated work and streams what it generates. There are two: `VllmEngine`
+One engine takes valid requests and streams what it generates. There are two: `VllmEngine`
 (`engine/vllm/client.py`), and `FakeEngine` (`engine/fake.py`) for tests of the edge; one contract
 test holds both to what is written here.
 
@@ -63,7 +63,7 @@ class Sampling:
     logprobs: int | None = None
     """How many of the most likely tokens to report at each place; `None` for no report at all."""
     prompt_logprobs: int | None = None
-    """The same for the prompt, see `Work.on_prompt`."""
+    """The same for the prompt, see `EngineRequest.on_prompt`."""
     logit_bias: Mapping[int, float] | None = None
     grammar: Grammar | None = None
 
@@ -83,7 +83,7 @@ PromptLogprobs = Sequence[Mapping[int, TokenLogprob] | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class EngineRequest:
     """One request as the engine gets it: valid, tokenised, and within the context."""
 
     request_id: str
@@ -92,7 +92,7 @@ class Work:
     deltas: bool = True
     """Whether each step is delivered as it is made, or only the whole at the end."""
     cache_salt: str | None = None
-    """Only works with the same one find what the prefix cache has of this one's prompt."""
+    """Only requests with the same one find what the prefix cache has of this one's prompt."""
     priority: int = 0
     """Of those that wait, the smallest goes first; among equals, the one that came first."""
     trace_headers: Mapping[str, str] | None = None
@@ -138,7 +138,7 @@ class Output(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Traits:
+class ModelInfo:
     """What the loaded model can do."""
 
     max_model_len: int
@@ -176,7 +176,7 @@ class Sink(Protocol):
         """Nothing more comes, because of `error`: `EngineDead` or `EngineFault`."""
 
     def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
-        """The work ends before choice `index` is complete: so many `tokens` of it ran in all.
+        """The request ends before choice `index` is complete: so many `tokens` of it ran in all.
 
         Without `deltas` that is the first that is heard of them. Of a choice whose prompt has not
         run nothing is said.
@@ -187,7 +187,7 @@ class Engine(Protocol):
     """An inference engine in its own process or machine."""
 
     @property
-    def traits(self) -> Traits:
+    def model_info(self) -> ModelInfo:
         """Known once `start` has returned."""
 
     async def start(self, progress: Callable[[str], None]) -> None:
@@ -206,8 +206,8 @@ class Engine(Protocol):
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of tokens, special ones by their names. Never blocks the event loop."""
 
-    def submit(self, work: Work, sink: Sink) -> AbstractAsyncContextManager[None]:
-        """Run `work` while the context lasts; what it says goes to `sink`.
+    def submit(self, request: EngineRequest, sink: Sink) -> AbstractAsyncContextManager[None]:
+        """Run `request` while the context lasts; what it says goes to `sink`.
 
         Leaving the context before the end, or cancelling the task in it, frees the request in
         the engine. Entering it raises `EngineDead`, `Unavailable`, or `InvalidRequest` where only

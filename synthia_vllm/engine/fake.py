@@ -12,13 +12,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from synthia_vllm.engine.base import Traits
+from synthia_vllm.engine.base import ModelInfo
 from synthia_vllm.errors import ApiError, EngineDead, EngineFault
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 
-    from synthia_vllm.engine.base import Sink, Work
+    from synthia_vllm.engine.base import EngineRequest, Sink
 
 BOS = 1
 FIRST_BYTE = 3
@@ -55,16 +55,16 @@ class FakeEngine:
     fault: ApiError | None = None
     """Raised instead of the step number `fault_at`."""
     fault_at: int = 0
-    traits: Traits = field(
-        default_factory=lambda: Traits(
+    model_info: ModelInfo = field(
+        default_factory=lambda: ModelInfo(
             max_model_len=2048,
             vocab_size=32000,
             longest_token=1,
             special_tokens={0: "<unk>", BOS: "<s>", 2: "</s>"},
         )
     )
-    seen: list[Work] = field(default_factory=list)
-    """All work that was asked for, oldest first."""
+    seen: list[EngineRequest] = field(default_factory=list)
+    """All that was submitted, oldest first."""
     aborted: list[str] = field(default_factory=list)
     """Ids of the requests that were closed before their end."""
     dead: bool = False
@@ -80,63 +80,65 @@ class FakeEngine:
         return bytes([token_id - FIRST_BYTE]) if known else b""
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        names = self.traits.special_tokens
+        names = self.model_info.special_tokens
         return b"".join(
             names[token].encode() if token in names else self.token_bytes(token)
             for token in token_ids
         ).decode(errors="replace")
 
     @asynccontextmanager
-    async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
+    async def submit(self, request: EngineRequest, sink: Sink) -> AsyncGenerator[None, None]:
         self.check()
-        self.seen.append(work)
+        self.seen.append(request)
         made: list[list[FakeOutput]] = []
-        speaking = asyncio.create_task(self._speak(work, sink, made))
+        speaking = asyncio.create_task(self._speak(request, sink, made))
         try:
             yield
         finally:
             if not speaking.done():
                 speaking.cancel()
-                self.aborted.append(work.request_id)
+                self.aborted.append(request.request_id)
                 _tell(made, sink)
 
-    async def _speak(self, work: Work, sink: Sink, made: list[list[FakeOutput]]) -> None:
+    async def _speak(
+        self, request: EngineRequest, sink: Sink, made: list[list[FakeOutput]]
+    ) -> None:
         """Say it, a step after the other; those that are `made` are told to be."""
-        steps = self._steps(work)
-        prompt = [{token: FakeLogprob()} for token in work.prompt_token_ids[1:]]
+        steps = self._steps(request)
+        prompt = [{token: FakeLogprob()} for token in request.prompt_token_ids[1:]]
         try:
             for position, step in enumerate(steps):
                 await asyncio.sleep(self.delay)
                 self.check()
                 if self.fault is not None and position == self.fault_at:
                     raise self.fault
-                if position == 0 and work.on_prompt is not None:
-                    work.on_prompt([None, *prompt])
+                if position == 0 and request.on_prompt is not None:
+                    request.on_prompt([None, *prompt])
                 made.append(step)
-                if work.deltas:
+                if request.deltas:
                     for output in step:
                         sink.put(output, 0)
-            if not work.deltas:
+            if not request.deltas:
                 for choice in zip(*steps, strict=True):
                     sink.put(_joined(choice), 0)
         except Exception as error:
             _tell(made, sink)
             sink.fail(error if isinstance(error, ApiError) else EngineFault())
 
-    def _steps(self, work: Work) -> list[list[FakeOutput]]:
-        """The steps of `work`, each with an output for every choice, to its first end."""
+    def _steps(self, request: EngineRequest) -> list[list[FakeOutput]]:
+        """The steps of `request`, each with an output for every choice, to its first end."""
         said, spent, steps = "", 0, []
         # Held back without `stop_in_text`: as much as may turn out to be a stop string's.
         held, longest = "", 0
-        if not work.sampling.stop_in_text:
-            longest = max((len(stop) - 1 for stop in work.sampling.stop), default=0)
+        if not request.sampling.stop_in_text:
+            longest = max((len(stop) - 1 for stop in request.sampling.stop), default=0)
         for position, piece in enumerate(self.pieces, 1):
             said += piece
             reason = found = None
-            if spent >= work.sampling.min_tokens:
+            if spent >= request.sampling.min_tokens:
                 ends = [
                     (said.find(stop) + len(stop), stop)
-                    for stop in work.sampling.stop
+                    for stop in request.sampling.stop
                     if stop in said
                 ]
                 if ends:
@@ -144,25 +146,25 @@ class FakeEngine:
                     reason = "stop"
                     piece = piece[: len(piece) - (len(said) - end)]  # noqa: PLW2901
             data = piece.encode()
-            if reason is None and spent + len(data) >= work.sampling.max_tokens:
-                data = data[: work.sampling.max_tokens - spent]
+            if reason is None and spent + len(data) >= request.sampling.max_tokens:
+                data = data[: request.sampling.max_tokens - spent]
                 reason = "length"
             spent += len(data)
             if reason is None and position == len(self.pieces):
                 reason = self.ends_with
             tokens = [FIRST_BYTE + byte for byte in data]
             logprobs = None
-            if work.sampling.logprobs is not None:
+            if request.sampling.logprobs is not None:
                 logprobs = [{token: FakeLogprob()} for token in tokens]
             held += data.decode(errors="ignore")
             sure = len(held) if reason is not None else max(0, len(held) - longest)
             text, held = held[:sure], held[sure:]
-            if found is not None and not work.sampling.stop_in_text:
+            if found is not None and not request.sampling.stop_in_text:
                 text = text.removesuffix(found)
             steps.append(
                 [
                     FakeOutput(index, text, tokens, logprobs, reason, found)
-                    for index in range(work.sampling.n)
+                    for index in range(request.sampling.n)
                 ]
             )
             if reason is not None:

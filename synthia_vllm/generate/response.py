@@ -1,10 +1,11 @@
 """One request for text, valid and ready to run, and the answers to it while they arrive.
 
-Both the streamed and the plain answer go through `Reply`, so they cannot differ.
+Both the streamed and the plain answer go through `ResponseState`, so they cannot differ.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
-    from synthia_vllm.engine.base import Engine, Output, Sink, TokenLogprob, Work
+    from synthia_vllm.engine.base import Engine, EngineRequest, Output, Sink, TokenLogprob
     from synthia_vllm.errors import ApiError
     from synthia_vllm.generate.protocol import StreamOptions
 
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 class Prepared:
     """A request that is valid, tokenised, and fits the context."""
 
-    works: tuple[Work, ...]
+    engine_requests: tuple[EngineRequest, ...]
     """One for each prompt, all with the same sampling."""
+    choices: tuple[Choice, ...]
+    """The rule for each answer; those to the first prompt come first."""
     model: str
     """The served name the client asked for."""
     stream: bool
@@ -45,20 +48,20 @@ class Prepared:
 
     def prompt_of(self, choice: int) -> list[int]:
         """The tokens that choice number `choice` is an answer to."""
-        return self.works[choice // self.works[0].sampling.n].prompt_token_ids
+        return self.engine_requests[choice // self.engine_requests[0].sampling.n].prompt_token_ids
 
     def submit(self, engine: Engine, sink: Sink) -> AbstractAsyncContextManager[None]:
-        """Run all of it while the context lasts, as `Engine.submit` does one work."""
-        if len(self.works) == 1:
-            return engine.submit(self.works[0], sink)
+        """Run all of it while the context lasts, as `Engine.submit` does one."""
+        if len(self.engine_requests) == 1:
+            return engine.submit(self.engine_requests[0], sink)
         return self._submit_all(engine, sink)
 
     @asynccontextmanager
     async def _submit_all(self, engine: Engine, sink: Sink) -> AsyncGenerator[None, None]:
         async with AsyncExitStack() as running:
-            for number, work in enumerate(self.works):
-                part = _Part(sink, number * work.sampling.n)
-                await running.enter_async_context(engine.submit(work, part))
+            for number, request in enumerate(self.engine_requests):
+                part = _Part(sink, number * request.sampling.n)
+                await running.enter_async_context(engine.submit(request, part))
             yield
 
 
@@ -99,7 +102,7 @@ class _Part:
         self._sink.ran(self._first + index, tokens, cached_tokens)
 
 
-class Piece(NamedTuple):
+class Delta(NamedTuple):
     """What one output, or several in a row, add to one choice's answer."""
 
     choice: int
@@ -107,22 +110,22 @@ class Piece(NamedTuple):
     text: str
     logprobs: list[Any] | None
     finish_reason: str | None
-    """``stop`` or ``length`` with the last piece of the choice."""
+    """``stop`` or ``length`` with the last delta of the choice."""
     stop_reason: int | str | None
     token_ids: list[int] | None = None
     """Those that ran for it, where they are asked for."""
     prompt_logprobs: list[Any] | None = None
-    """vLLM's form of those of the prompt, with a choice's first piece, where they are asked for."""
+    """vLLM's form of those of the prompt, with a choice's first delta, where they are asked for."""
 
-    def then(self, more: Piece) -> Piece:
-        """Both pieces as one."""
+    def then(self, more: Delta) -> Delta:
+        """Both as one."""
         logprobs = self.logprobs
         if logprobs is not None or more.logprobs is not None:
             logprobs = [*(logprobs or ()), *(more.logprobs or ())]
         token_ids = self.token_ids
         if token_ids is not None or more.token_ids is not None:
             token_ids = [*(token_ids or ()), *(more.token_ids or ())]
-        return Piece(
+        return Delta(
             self.choice,
             self.text + more.text,
             logprobs,
@@ -143,15 +146,15 @@ def wanted_usage(options: StreamOptions | None) -> Literal["never", "last", "eac
 class Choice(Protocol):
     """The rule for what of the engine's output is one answer."""
 
-    def take(self, output: Output) -> Piece | None:
-        """What `output` adds to the answer, if anything; no more after a piece with the end.
+    def take(self, output: Output) -> Delta | None:
+        """What `output` adds to the answer, if anything; no more after one with the end.
 
         Raises `EngineFault` if the engine ended it for a reason that no client asked for.
         """
 
 
 class WithTokens:
-    """A `Choice` that gives the tokens along with the pieces they came to."""
+    """A `Choice` that gives the tokens along with the deltas they came to."""
 
     __slots__ = ("_choice", "_waiting")
 
@@ -159,47 +162,59 @@ class WithTokens:
         self._choice = choice
         self._waiting: list[int] = []
 
-    def take(self, output: Output) -> Piece | None:
+    def take(self, output: Output) -> Delta | None:
         self._waiting += output.token_ids
-        piece = self._choice.take(output)
-        if piece is None:
+        delta = self._choice.take(output)
+        if delta is None:
             return None
         token_ids, self._waiting = self._waiting, []
-        return piece._replace(token_ids=token_ids)
+        return delta._replace(token_ids=token_ids)
 
 
-class Reply:
-    """The answers to one prepared request while they arrive, and the tokens they took."""
+class ResponseState:
+    """The answers to one prepared request while they arrive, and the tokens they took.
+
+    `began` is called when the first prompt has run.
+    """
 
     __slots__ = (
         "_begun",
         "_choices",
         "_on_begin",
-        "_prepared",
         "_texts",
         "_tokens",
-        "began_at",
+        "begun",
         "cached_tokens",
+        "created",
         "finish_reasons",
+        "first_text_at",
         "open_choices",
+        "prepared",
         "prompt_tokens",
+        "request_id",
     )
 
     def __init__(
         self,
         prepared: Prepared,
-        choices: Sequence[Choice],
+        request_id: str,
         *,
         began: Callable[[], None] = lambda: None,
         keep_text: bool = False,
     ) -> None:
-        self._prepared = prepared
+        choices = prepared.choices
+        self.prepared = prepared
+        self.request_id = request_id
+        self.created = int(time.time())
+        """Seconds since 1970."""
         self._choices: list[Choice | None] = list(choices)
         self._begun = [False] * len(choices)
         self._on_begin = began
         self._texts: list[list[str]] | None = [[] for _ in choices] if keep_text else None
-        self.began_at: float | None = None
-        """When the first of the answer came, which is when the prompt had run."""
+        self.begun = False
+        """Whether a prompt has run."""
+        self.first_text_at: float | None = None
+        """When the first text of a stream was there to be sent (`time.perf_counter`)."""
         self.prompt_tokens = 0
         """Of the prompts that have run."""
         self._tokens = [0] * len(choices)
@@ -209,7 +224,7 @@ class Reply:
         self.open_choices = len(choices)
         """Choices whose end has not come; at 0 the engine need not go on."""
 
-    def take(self, output: Output, cached_tokens: int) -> Piece | None:
+    def take(self, output: Output, cached_tokens: int) -> Delta | None:
         """What `output` adds to its choice's answer, if anything. Raises `EngineFault`."""
         index = output.index
         if not self._begun[index]:
@@ -218,16 +233,16 @@ class Reply:
         choice = self._choices[index]
         if choice is None:
             return None
-        piece = choice.take(output)
-        if piece is None:
+        delta = choice.take(output)
+        if delta is None:
             return None
-        if piece.finish_reason is not None:
+        if delta.finish_reason is not None:
             self._choices[index] = None
             self.open_choices -= 1
-            self.finish_reasons.append(piece.finish_reason)
+            self.finish_reasons.append(delta.finish_reason)
         if self._texts is not None:
-            self._texts[index].append(piece.text)
-        return piece
+            self._texts[index].append(delta.text)
+        return delta
 
     def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
         """As `Sink.ran`: tokens that ran are counted, whoever is there to read them."""
@@ -237,13 +252,13 @@ class Reply:
 
     def _begin(self, index: int, cached_tokens: int) -> None:
         """The prompt of choice `index` has run, and with it all choices of that prompt begin."""
-        n = self._prepared.works[0].sampling.n
+        n = self.prepared.engine_requests[0].sampling.n
         first = index - index % n
         self._begun[first : first + n] = [True] * n
-        self.prompt_tokens += len(self._prepared.prompt_of(index))
+        self.prompt_tokens += len(self.prepared.prompt_of(index))
         self.cached_tokens += cached_tokens
-        if self.began_at is None:
-            self.began_at = time.perf_counter()
+        if not self.begun:
+            self.begun = True
             self._on_begin()
 
     @property
@@ -254,7 +269,7 @@ class Reply:
     @property
     def texts(self) -> list[str]:
         """The answers so far, if they are kept."""
-        return ["".join(pieces) for pieces in self._texts or ()]
+        return ["".join(texts) for texts in self._texts or ()]
 
     def usage(self) -> Usage:
         """Counts of the tokens that ran."""
@@ -265,6 +280,48 @@ class Reply:
             total_tokens=self.prompt_tokens + answer_tokens,
             prompt_tokens_details=PromptTokensDetails(
                 cached_tokens=self.cached_tokens,
-                dropped_messages=self._prepared.dropped_messages,
+                dropped_messages=self.prepared.dropped_messages,
             ),
         )
+
+
+class ResponseCollector:
+    """The plain answer: a sink that puts together what a stream would have sent."""
+
+    def __init__(self, state: ResponseState) -> None:
+        self._state = state
+        self._deltas: dict[int, Delta] = {}
+        self._error: Exception | None = None
+        self._over = asyncio.Event()
+
+    def put(self, output: Output, cached_tokens: int) -> None:
+        """Take what the engine says next."""
+        try:
+            delta = self._state.take(output, cached_tokens)
+        except Exception as error:  # the caller serves every other request, too
+            self._end(error)
+            return
+        if delta is not None:
+            before = self._deltas.get(delta.choice)
+            self._deltas[delta.choice] = delta if before is None else before.then(delta)
+        if not self._state.open_choices:
+            self._over.set()
+
+    def fail(self, error: ApiError) -> None:
+        """End with `error`."""
+        self._end(error)
+
+    def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
+        """Count what ran."""
+        self._state.ran(index, tokens, cached_tokens)
+
+    async def choices(self) -> list[Delta]:
+        """Each choice, whole. Raises what ended the request before."""
+        await self._over.wait()
+        if self._error is not None:
+            raise self._error
+        return [self._deltas[choice] for choice in sorted(self._deltas)]
+
+    def _end(self, error: Exception) -> None:
+        self._error = error
+        self._over.set()

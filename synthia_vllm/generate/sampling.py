@@ -1,4 +1,4 @@
-"""What requests for chat and for raw text have in common: which model, how much, chosen how."""
+"""How tokens are chosen: what a request says, else the server's defaults; and grammars."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from synthia_vllm.engine.base import Grammar, Sampling
-from synthia_vllm.errors import Forbidden, InvalidRequest, UnknownModel
+from synthia_vllm.errors import InvalidRequest, UnknownModel
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from synthia_vllm.admission.tenants import User
+    from synthia_vllm.admission.users import User
     from synthia_vllm.engine.base import Engine
     from synthia_vllm.generate.protocol import GenerationRequest
     from synthia_vllm.settings import Settings
@@ -26,27 +26,8 @@ def preset_of(model: str, settings: Settings, user: User) -> Preset | None:
     served = settings.served
     if model not in served:
         raise UnknownModel(model, tuple(served))
-    if user.models is not None and model not in user.models:
-        raise Forbidden(
-            f"You may not use {model}. Yours: {', '.join(sorted(user.models))}.",
-            param="model",
-            code="model_not_allowed",
-        )
+    user.require_model(model)
     return served[model]
-
-
-def answer_limit(asked: int | None, default: int, user: User) -> int:
-    """The tokens an answer may have. Raises `InvalidRequest` if the user may not have as many."""
-    ceiling = user.max_tokens
-    if ceiling is None:
-        return default if asked is None else asked
-    if asked is not None and asked > ceiling:
-        raise InvalidRequest(
-            f"`max_tokens` is {asked}; you may have at most {ceiling} tokens in an answer.",
-            param="max_tokens",
-            code="invalid_value",
-        )
-    return min(default, ceiling) if asked is None else asked
 
 
 def sampling_of(
@@ -122,7 +103,7 @@ def sampling_of(
         stream_interval=request.stream_interval,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        logit_bias=_logit_bias(request.logit_bias, engine.traits.vocab_size),
+        logit_bias=_logit_bias(request.logit_bias, engine.model_info.vocab_size),
         grammar=grammar,
     )
 
@@ -188,23 +169,6 @@ def _json_grammar(schema: Mapping[str, Any] | str | None, param: str) -> Grammar
     return Grammar("json", text, param)
 
 
-def require_possible(answers: int, settings: Settings, user: User) -> None:
-    """Raise `InvalidRequest` for a request with more answers than there will ever be places for.
-
-    Half of all places at most: to be told to come back later would be an endless errand.
-    """
-    most = max(1, settings.limits.max_requests // 2)
-    if user.concurrent_requests is not None:
-        most = min(most, user.concurrent_requests)
-    if answers > most:
-        raise InvalidRequest(
-            f"This request is for {answers} answers at once; you may have at most {most}. Send "
-            "fewer prompts, or a smaller `n`.",
-            param="n",
-            code="invalid_value",
-        )
-
-
 def _repetition_penalty(request: GenerationRequest) -> float | None:
     ours, theirs = request.repetition_penalty, request.repeat_penalty
     if ours is not None and theirs is not None and ours != theirs:
@@ -237,7 +201,7 @@ def _seed(asked: int | None, n: int) -> int | None:
 
 
 def _tokens(asked: list[int] | None, name: str, engine: Engine) -> tuple[int, ...] | None:
-    size = engine.traits.vocab_size
+    size = engine.model_info.vocab_size
     if asked and max(asked) >= size:
         raise InvalidRequest(
             f"`{name}` has token {max(asked)}; the model has {size} tokens, from 0.",

@@ -8,7 +8,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
-from synthia_vllm.admission.tenants import Tenants, new_cache_secret
+from synthia_vllm.admission.permits import AdmissionController
+from synthia_vllm.admission.users import new_cache_secret
 from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
 from synthia_vllm.telemetry.tracing import Tracer
 from synthia_vllm.telemetry.transcript import Transcripts
@@ -16,7 +17,7 @@ from synthia_vllm.telemetry.transcript import Transcripts
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from synthia_vllm.admission.remote import SharedTenants
+    from synthia_vllm.admission.remote import AdmissionClient
     from synthia_vllm.engine.base import Engine
     from synthia_vllm.settings import Settings
     from synthia_vllm.telemetry.metrics import Metrics
@@ -47,7 +48,7 @@ class Endable(Protocol):
         """End it with `error`."""
 
 
-class Service:
+class ServerState:
     """One engine, its settings, users and metrics, and the phase it is in.
 
     Raises `StartupError` if the key file or the place for transcripts cannot be used.
@@ -58,23 +59,21 @@ class Service:
         engine: Engine,
         settings: Settings,
         metrics: Metrics,
-        tenants: SharedTenants | None = None,
+        admission: AdmissionClient | None = None,
     ) -> None:
         self.engine = engine
         self.settings = settings
         self.metrics = metrics
-        self.phase: Phase = "starting"
+        self._phase: Phase = "starting"
         self.failure: StartupError | EngineDead | None = None
         self.created = int(time.time())
         self.tracer = Tracer() if settings.traces else None
-        self.tenants = tenants or Tenants(
+        self.admission = admission or AdmissionController(
             settings.keys_file,
             max_requests=settings.limits.max_requests,
             max_queue_seconds=settings.limits.max_queue_seconds,
             cache_secret=new_cache_secret() if settings.cache_per_user else None,
         )
-        self.reload_wanted = False
-        """Set by a signal: the key file is read again, changed or not."""
         self._open: set[Endable] = set()
         self._transcripts: Transcripts | None = None
         where = settings.transcripts
@@ -87,6 +86,19 @@ class Service:
                 on_written=metrics.transcript_lines.inc,
                 on_failed=metrics.transcript_failures.inc,
             )
+
+    @property
+    def phase(self) -> Phase:
+        """How far the server is in its life; only the methods here change it."""
+        return self._phase
+
+    def leave(self) -> None:
+        """Ask for no more requests, but take those that come."""
+        self._phase = "leaving"
+
+    def drain(self) -> None:
+        """Take no more requests."""
+        self._phase = "draining"
 
     @property
     def in_flight(self) -> int:
@@ -120,22 +132,22 @@ class Service:
 
     def require_serving(self) -> None:
         """Raise if requests cannot be taken now."""
-        if self.phase in ("serving", "leaving"):
+        if self._phase in ("serving", "leaving"):
             return
-        if self.phase == "dead":
+        if self._phase == "dead":
             raise EngineDead
         raise Unavailable(
             "The server is starting; it takes requests when /ready says so."
-            if self.phase == "starting"
+            if self._phase == "starting"
             else "The server is shutting down and takes no new requests.",
-            code=self.phase,
+            code=self._phase,
         )
 
     def count_error(self, error: ApiError, route: str, user: str | None = None) -> None:
         """An error went to a client: on which route, and to whom, if that is known."""
         code = error.code or "other"
         self.metrics.errors.labels(code, route).inc()
-        if user is not None and error.status in (403, 429) and not self.tenants.open:
+        if user is not None and error.status in (403, 429) and not self.admission.open:
             self.metrics.user_refusals.labels(user, code).inc()
 
     def note_ignored(self, paths: Sequence[str]) -> None:
@@ -147,7 +159,7 @@ class Service:
 
     def count_tokens(self, user: str, prompt: int, answer: int) -> None:
         """Tokens ran for `user`."""
-        if not self.tenants.open:
+        if not self.admission.open:
             self.metrics.user_tokens.labels(user, "prompt").inc(prompt)
             self.metrics.user_tokens.labels(user, "answer").inc(answer)
 
@@ -157,41 +169,30 @@ class Service:
             for answer in answers:
                 self._transcripts.add(user, question, answer)
 
-    def _look_at_keys(self) -> None:
-        """Read the key file again if it has changed; a bad one leaves the users as they are."""
-        wanted, self.reload_wanted = self.reload_wanted, False
-        try:
-            if not self.tenants.reload(only_if_changed=not wanted):
-                return
-        except StartupError as error:
-            self.metrics.key_reload_failures.inc()
-            logger.error("%s The users stay as they were.", error)
-        else:
-            logger.info("The key file was read: %d users.", len(self.tenants.names))
-
     async def run(self, progress: Callable[[str], None], on_failure: Callable[[], None]) -> None:
         """Start the engine, then watch it until this task is cancelled."""
         thresholds = gc.get_threshold()
         try:
             await self.engine.start(progress)
-            self.tenants.set_batch(self.engine.traits.max_num_seqs)
-            self.metrics.engine_places.set(self.engine.traits.max_num_seqs)
+            self.admission.set_batch(self.engine.model_info.max_num_seqs)
+            self.metrics.engine_places.set(self.engine.model_info.max_num_seqs)
             # What is there now stays: torch and vLLM alone are a million objects, and looking
             # through them for garbage was a third of the CPU of streaming, in pauses of 0.3 s.
             gc.collect()
             gc.freeze()
             gc.set_threshold(_GARBAGE_AT)
-            self.phase = "serving"
+            self._phase = "serving"
             host, port = self.settings.host, self.settings.port
             progress(f"ready: {', '.join(self.settings.served)} at http://{host}:{port}/v1")
             while True:
                 self.engine.check()
-                self._look_at_keys()
+                if self.admission.reload_changed() == "failed":
+                    self.metrics.key_reload_failures.inc()
                 await asyncio.sleep(0.25)
         except (StartupError, EngineDead) as error:
-            if self.phase in ("leaving", "draining"):  # Ctrl-C reaches the engine's processes too
+            if self._phase in ("leaving", "draining"):  # Ctrl-C reaches the engine's processes too
                 return
-            self.phase = "dead"
+            self._phase = "dead"
             self.failure = error
             on_failure()
         finally:

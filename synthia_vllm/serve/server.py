@@ -14,9 +14,7 @@ from synthia_vllm.http.connection import ConnectionLimits, guarded
 if TYPE_CHECKING:
     from types import FrameType
 
-    from fastapi import FastAPI
-
-    from synthia_vllm.http.state import Service
+    from synthia_vllm.http.application import Application
     from synthia_vllm.settings import Settings
 
 # After the time to finish is over, the seconds that last words and closing get.
@@ -43,12 +41,12 @@ class Server(uvicorn.Server):
     While leaving, new requests are served, and each answer closes its connection; `/ready` says
     503, so that load balancers send no more. While draining, the port stays open so that `/ready`
     and new requests are answered with 503 instead of a refused connection. When the time to finish
-    is over, what still runs ends with an error. A second signal stops at once: `hurried` is then
-    true, and nothing was closed.
+    is over, what still runs ends with an error. A second signal stops at once: `forced_exit` is
+    then true, and nothing was closed.
     """
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
-        service: Service = app.state.service
+    def __init__(self, app: Application, settings: Settings) -> None:
+        state = app.server_state
         limits = settings.limits
         guard = guarded(
             ConnectionLimits(
@@ -57,8 +55,8 @@ class Server(uvicorn.Server):
                 receive_seconds=limits.receive_seconds,
                 stalled_seconds=limits.stalled_seconds,
             ),
-            leaving=lambda: service.phase == "leaving",
-            on_error=lambda error: service.count_error(error, "other"),
+            leaving=lambda: state.phase == "leaving",
+            on_error=lambda error: state.count_error(error, "other"),
         )
         super().__init__(
             uvicorn.Config(
@@ -75,31 +73,34 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             )
         )
-        self._service = service
+        self._state = state
         self._delay = settings.shutdown_delay_seconds
         self._grace = settings.shutdown_grace_seconds
         self._deadline: float | None = None  # of the phase, once told to stop
-        self.hurried = False
+        self.forced_exit = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._deadline is not None:
-            self.hurried = self.force_exit = self.should_exit = True
-        elif self._service.phase in ("starting", "dead"):
+            self.forced_exit = self.force_exit = self.should_exit = True
+        elif self._state.phase in ("starting", "dead"):
             self._deadline = time.monotonic()
             self.should_exit = True
         else:
-            self._service.phase = "leaving" if self._delay else "draining"
+            if self._delay:
+                self._state.leave()
+            else:
+                self._state.drain()
             self._deadline = time.monotonic() + (self._delay or self._grace)
 
     async def on_tick(self, counter: int) -> bool:
         if self._deadline is not None:
             over = time.monotonic() > self._deadline
-            if self._service.phase == "leaving" and over:
-                self._service.phase = "draining"
+            if self._state.phase == "leaving" and over:
+                self._state.drain()
                 self._deadline += self._grace
-            elif self._service.phase == "draining":
+            elif self._state.phase == "draining":
                 if over:
-                    self._service.end_all()
-                if self._service.in_flight == 0 or over:
+                    self._state.end_all()
+                if self._state.in_flight == 0 or over:
                     self.should_exit = True
         return await super().on_tick(counter)

@@ -20,11 +20,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from synthia_vllm.admission.remote import Desk, SharedTenants
-from synthia_vllm.admission.tenants import Tenants, new_cache_secret
-from synthia_vllm.engine.vllm import watchdog as leash
+from synthia_vllm.admission.permits import AdmissionController
+from synthia_vllm.admission.remote import AdmissionClient, AdmissionServer
+from synthia_vllm.admission.users import new_cache_secret
+from synthia_vllm.engine.vllm import watchdog
 from synthia_vllm.engine.vllm.client import VllmEngine
-from synthia_vllm.engine.vllm.launch import EngineCores, Seat, api_process
+from synthia_vllm.engine.vllm.launch import EngineClientConfig, EngineCores, api_process
 from synthia_vllm.errors import EngineDead, StartupError
 from synthia_vllm.serve.server import Server, listen
 from synthia_vllm.telemetry import logs, metrics
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_SPARE_SEATS: Final = 4
+_SPARE_CLIENTS: Final = 4
 _TICK_SECONDS: Final = 0.25
-_LAST_WORDS_SECONDS: Final = 5.0  # for API processes to tell their clients that the engine died
+_NOTIFY_SECONDS: Final = 5.0  # for API processes to tell their clients that the engine died
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +49,10 @@ class _Job:
 
     settings: Settings
     model: str
-    seat: Seat
+    client: EngineClientConfig
     port: socket.socket
-    desk: socket.socket
+    admission: socket.socket
+    """To the supervisor's `AdmissionServer`."""
     cache_secret: bytes | None
     """The same for all: they share the engine, and its prefix cache."""
 
@@ -60,7 +62,7 @@ class _Worker:
     """An API process, as its supervisor sees it."""
 
     process: BaseProcess
-    desk: Desk
+    admission: AdmissionServer
     serves: bool = False
 
 
@@ -74,7 +76,7 @@ class Supervisor:
         self._settings = settings
         self._model = model
         self._progress = progress
-        self.tenants = Tenants(
+        self.admission = AdmissionController(
             settings.keys_file,
             max_requests=settings.limits.max_requests,
             max_queue_seconds=settings.limits.max_queue_seconds,
@@ -84,9 +86,9 @@ class Supervisor:
         self._cores = EngineCores(model, settings.engine, settings.base_name)
         # The engine's processes are children of this thread.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._seats: list[Seat] = []
+        self._clients: list[EngineClientConfig] = []
         self._workers: list[_Worker] = []
-        self._orphans: list[str] = []
+        self._abandoned: list[str] = []
         # Held but never listened on: the port is ours, and connections go to the others.
         # First alone: another server that shares its port would share it with us, too.
         with listen(settings.host, settings.port) as alone:
@@ -104,25 +106,25 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._look_at_keys, True)
-        seats = self._settings.api_workers + _SPARE_SEATS
+        loop.add_signal_handler(signal.SIGHUP, self._want_keys)
+        clients = self._settings.api_workers + _SPARE_CLIENTS
         try:
-            self._seats = await loop.run_in_executor(
-                self._thread, self._cores.launch, seats, self._progress
+            self._clients = await loop.run_in_executor(
+                self._thread, self._cores.launch, clients, self._progress
             )
             for _ in range(self._settings.api_workers):
-                await self._employ()
+                await self._spawn_worker()
             started = loop.run_in_executor(self._thread, self._cores.wait)
             started.add_done_callback(lambda future: future.exception())  # it has been seen
             await self._watch(started)
-            if not started.done():  # for whom?
+            if not started.done():  # no API process is left to serve what would start
                 self._cores.kill()
         except StartupError:
             if self._phase != "stopping":  # which is why the engine did not start
                 raise
         except EngineDead as error:
             if self._phase != "stopping":  # Ctrl-C reaches the engine's processes too
-                await self._last_words()
+                await self._notify_clients()
                 print(f"synthia-vllm: {error}", file=sys.stderr)
                 return 1
         finally:
@@ -143,54 +145,54 @@ class Supervisor:
                 self._cores.check()
             elif self._phase == "stopping":
                 self._cores.kill()  # also what was started since
-            self._look_at_keys(False)
-            for _ in range(self._look_at_workers()):
-                await self._employ()
+            self._reload_keys()
+            for _ in range(self._replace_workers()):
+                await self._spawn_worker()
             await asyncio.sleep(_TICK_SECONDS)
 
-    async def _last_words(self) -> None:
+    async def _notify_clients(self) -> None:
         """Let the API processes tell their clients that the engine died, which they see too."""
         self._phase = "stopping"
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + _LAST_WORDS_SECONDS
+        deadline = loop.time() + _NOTIFY_SECONDS
         while self._workers and loop.time() < deadline:
-            self._look_at_workers()
+            self._replace_workers()
             await asyncio.sleep(_TICK_SECONDS)
 
-    async def _employ(self) -> None:
+    async def _spawn_worker(self) -> None:
         """Start another API process."""
-        seat = self._seats.pop(0)
+        client = self._clients.pop(0)
         here, there = socket.socketpair()
         port = _bind(self._port.family, self._port.getsockname())
         settings = self._settings.model_copy(update={"port": port.getsockname()[1]})
-        job = _Job(settings, self._model, seat, port, there, self._cache_secret)
-        process = api_process(work, job, f"API process {seat.number}")
+        job = _Job(settings, self._model, client, port, there, self._cache_secret)
+        process = api_process(run_worker, job, f"API process {client.number}")
         process.start()
-        seat.let_go()
+        client.close_sockets()
         there.close()
         port.close()
 
         def ready(batch: int) -> None:
             worker.serves = True
-            self.tenants.set_batch(batch)
+            self.admission.set_batch(batch)
             self._note_ready()
-            if self._orphans:
-                worker.desk.tell("abort", self._orphans)
-                self._orphans = []
+            if self._abandoned:
+                worker.admission.tell("abort", self._abandoned)
+                self._abandoned = []
 
         def gone(runs: list[str]) -> None:
             if self._phase != "stopping":
-                worker.process.kill()  # without its line it can serve nobody
-            self._orphans += runs
+                worker.process.kill()  # without admission it can serve nobody
+            self._abandoned += runs
             for other in self._workers:
-                if other is not worker and other.serves and self._orphans:
-                    other.desk.tell("abort", self._orphans)
-                    self._orphans = []
+                if other is not worker and other.serves and self._abandoned:
+                    other.admission.tell("abort", self._abandoned)
+                    self._abandoned = []
 
-        desk = Desk(self.tenants, on_batch=ready, on_gone=gone)
-        worker = _Worker(process, desk)
+        admission = AdmissionServer(self.admission, on_batch=ready, on_gone=gone)
+        worker = _Worker(process, admission)
         self._workers.append(worker)
-        await asyncio.get_running_loop().create_connection(lambda: desk, sock=here)
+        await asyncio.get_running_loop().create_connection(lambda: admission, sock=here)
 
     def _note_ready(self) -> None:
         if self._phase == "starting" and all(worker.serves for worker in self._workers):
@@ -202,9 +204,9 @@ class Supervisor:
                 f"ready: {names} at http://{host}:{port}/v1, {settings.api_workers} API processes"
             )
 
-    def _look_at_workers(self) -> int:
+    def _replace_workers(self) -> int:
         """Take note of API processes that have ended; returns how many to start in their place."""
-        vacancies = 0
+        replacements = 0
         for worker in list(self._workers):
             code = worker.process.exitcode
             if code is None:
@@ -213,8 +215,8 @@ class Supervisor:
             metrics.forget(worker.process.pid or 0)
             if self._phase == "stopping":
                 continue
-            replaced = vacancies < len(self._seats)
-            vacancies += replaced
+            replaced = replacements < len(self._clients)
+            replacements += replaced
             logger.error(
                 "%s ended with %d; what it was answering is lost. %s",
                 worker.process.name,
@@ -223,21 +225,18 @@ class Supervisor:
                 if replaced
                 else f"Restart the server to replace it: {len(self._workers)} are left.",
             )
-        return vacancies
+        return replacements
 
-    def _look_at_keys(self, wanted: bool) -> None:
-        """Read the key file again if it has changed; a bad one leaves the users as they are."""
-        try:
-            if not self.tenants.reload(only_if_changed=not wanted):
-                return
-        except StartupError as error:
-            logger.error("%s The users stay as they were.", error)
-            for worker in self._workers[:1]:  # which will count it
-                worker.desk.tell("reload")
-        else:
-            logger.info("The key file was read: %d users.", len(self.tenants.names))
-            for worker in self._workers:
-                worker.desk.tell("reload")
+    def _reload_keys(self) -> None:
+        """Read the key file again if it has changed, and have the API processes do the same."""
+        outcome = self.admission.reload_changed()
+        # One that cannot be used is counted by the first of them.
+        told = {"unchanged": 0, "failed": 1, "read": len(self._workers)}[outcome]
+        for worker in self._workers[:told]:
+            worker.admission.tell("reload")
+
+    def _want_keys(self) -> None:
+        self.admission.reload_wanted = True
 
     def _stop(self) -> None:
         """Drain at the first signal; end at the second, or before anything is served."""
@@ -248,13 +247,13 @@ class Supervisor:
             return
         self._cores.kill()  # the API processes with them
         if phase == "stopping":
-            self._cores.tidy()
+            self._cores.cleanup()
             os._exit(1)
 
 
-def work(job: _Job) -> None:
+def run_worker(job: _Job) -> None:
     """The API process: the server as it is, but for the engine and the accounts."""
-    leash.attach()
+    watchdog.attach()
     os.setpgid(0, 0)  # a Ctrl-C is for the supervisor, who passes it on
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     settings = job.settings
@@ -264,18 +263,22 @@ def work(job: _Job) -> None:
 
     from synthia_vllm.serve.app import create_app
 
-    tenants = SharedTenants(settings.keys_file, job.cache_secret)
+    admission = AdmissionClient(
+        settings.keys_file,
+        max_requests=settings.limits.max_requests,
+        cache_secret=job.cache_secret,
+    )
     engine = VllmEngine(
         job.model,
         settings.engine,
-        job.seat,
+        job.client,
         name=settings.base_name,
-        on_runs=lambda ids: tenants.tell("runs", ids),
-        on_ran=lambda ids: tenants.tell("ran", ids),
+        on_runs=lambda ids: admission.tell("runs", ids),
+        on_ran=lambda ids: admission.tell("ran", ids),
     )
     own = metrics.Metrics(REGISTRY)
-    tenants.on_abort = engine.abort
-    tenants.on_bad_keys = own.key_reload_failures.inc
+    admission.on_abort = engine.abort
+    admission.on_bad_keys = own.key_reload_failures.inc
     server: _WorkerServer | None = None
 
     def stop() -> None:
@@ -286,28 +289,28 @@ def work(job: _Job) -> None:
         engine,
         settings,
         own,
-        tenants=tenants,
+        admission=admission,
         progress=lambda _step: None,
         on_failure=stop,
     )
     server = _WorkerServer(app, _share_of(settings))
-    server.shared, server.desk = tenants, job.desk
+    server.admission, server.to_supervisor = admission, job.admission
     server.run([job.port])
-    failure = app.state.service.failure
+    failure = app.server_state.failure
     if isinstance(failure, StartupError):
         print(f"synthia-vllm: {failure}", file=sys.stderr)
-    sys.exit(1 if failure is not None or server.hurried else 0)
+    sys.exit(1 if failure is not None or server.forced_exit else 0)
 
 
 class _WorkerServer(Server):
-    """A server that takes its place at the supervisor's before it opens."""
+    """A server that connects to the supervisor's accounts before it opens."""
 
-    shared: SharedTenants
-    desk: socket.socket
+    admission: AdmissionClient
+    to_supervisor: socket.socket
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         loop = asyncio.get_running_loop()
-        await loop.create_connection(lambda: self.shared, sock=self.desk)
+        await loop.create_connection(lambda: self.admission, sock=self.to_supervisor)
         await super().startup(sockets)
 
 

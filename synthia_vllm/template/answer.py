@@ -11,8 +11,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from synthia_vllm.template.prompt import TURN_STOP
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -20,8 +18,8 @@ if TYPE_CHECKING:
 class AnswerFilter:
     """Raw deltas of one answer in, clean deltas out; joined they are the card's answer.
 
-    ``USER:`` ends the answer wherever it appears, here and not only in the engine: the engine
-    looks away while `min_tokens` is not reached. A request's own `stops` are found by the
+    The format's `turn_stops` end the answer wherever they appear, here and not only in the engine,
+    which looks away while `min_tokens` is not reached. A request's own `stops` are found by the
     engine, which then ends the text with the one it found; here they are only never let out.
 
     Stops of nothing but white space, `blank`, are found here, too: the white space in front of an
@@ -31,12 +29,27 @@ class AnswerFilter:
     stands between the client's text and ours.
     """
 
-    __slots__ = ("_blank", "_held", "_last", "_leading", "_stops", "ended", "skipped")
+    __slots__ = (
+        "_blank",
+        "_held",
+        "_last",
+        "_leading",
+        "_stops",
+        "_turn_stops",
+        "ended",
+        "skipped",
+    )
 
     def __init__(
-        self, stops: Iterable[str] = (), *, blank: Sequence[str] = (), continued: bool = False
+        self,
+        turn_stops: tuple[str, ...],
+        stops: Iterable[str] = (),
+        *,
+        blank: Sequence[str] = (),
+        continued: bool = False,
     ) -> None:
-        self._stops = _beginnings((TURN_STOP, *stops))
+        self._turn_stops = turn_stops
+        self._stops = _beginnings((*turn_stops, *stops))
         # The last characters of all beginnings of stops: most text ends in none of them.
         self._last = self._stops.last
         self._blank = blank
@@ -54,8 +67,9 @@ class AnswerFilter:
         if self.ended is not None:
             return ""
         text = self._held + text
-        if TURN_STOP in text:
-            return self._end(text, TURN_STOP)
+        for stop in self._turn_stops:
+            if stop in text:
+                return self._end(text, _first(self._turn_stops, text))
         if self._blank:
             found = self._find_blank(text)
             if found is not None:
@@ -78,7 +92,7 @@ class AnswerFilter:
         if self.ended is not None:
             return ""
         text = self._held + text
-        if self._blank and TURN_STOP not in text:
+        if self._blank and _first(self._turn_stops, text) is None:
             found = self._find_blank(text)
             if found is not None:
                 return self._end(text[: found[0]], found[1])
@@ -90,15 +104,23 @@ class AnswerFilter:
         found = [(text.find(stop, first), stop) for stop in self._blank]
         return min(((at, stop) for at, stop in found if at >= 0), default=None)
 
-    def _end(self, text: str, stop: str) -> str:
+    def _end(self, text: str, stop: str | None) -> str:
         self.ended = stop
         self._held = ""
-        text = text.split(TURN_STOP, 1)[0].rstrip()
+        for turn_stop in self._turn_stops:
+            text = text.split(turn_stop, 1)[0]
+        text = text.rstrip()
         if self._leading:
             clean = text.lstrip()
             self.skipped = len(text) - len(clean)
             return clean
         return text
+
+
+def _first(stops: Sequence[str], text: str) -> str | None:
+    """The stop that comes first in `text`, if there is any."""
+    found = [(text.find(stop), stop) for stop in stops]
+    return min(((at, stop) for at, stop in found if at >= 0), default=(0, None))[1]
 
 
 class GrammarFilter:

@@ -1,9 +1,9 @@
 """From chat messages to the plain text Synthia was trained on.
 
 Synthia has no role tokens: a conversation is text with ``SYSTEM:``, ``USER:`` and
-``ASSISTANT:`` at the start of lines. The way through this module is
+``ASSISTANT:`` at the start of lines (`formats`). The way through this module is
 
-    tidy(messages)  ->  render(messages, format)
+    normalize_messages(messages)  ->  render(messages, format)
 
 and everything in it is a pure function of its arguments. The tokenizer adds the one ``<s>``.
 
@@ -15,29 +15,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Final
 
 from synthia_vllm.errors import InvalidRequest
+from synthia_vllm.template.formats import DOCUMENTED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Role = Literal["system", "user", "assistant"]
-
-TURN_STOP: Final = "USER:"
-"""The card cuts an answer where the model begins to write the user's next turn."""
-
-
-class PromptFormat(StrEnum):
-    """The two spellings the card shows.
-
-    ``documented`` is its "prompt format" block. ``example`` is its code, byte for byte: it ends
-    in a bare space, which the tokenizer turns into a token of its own that is not there when
-    the same conversation comes back one turn later, so every answer misses the prefix cache once.
-    """
-
-    DOCUMENTED = "documented"
-    EXAMPLE = "example"
+    from synthia_vllm.template.formats import PromptFormat, Role
 
 
 class Markers(StrEnum):
@@ -96,27 +83,33 @@ def _spelling(role: str) -> str:
     return "".join(f"[{c}{chr(ord(c) + 0xFEE0)}][{_INVISIBLE}]*+" for c in role)
 
 
-# A marker at the start of a line or of the content, behind any blanks. Possessive quantifiers
-# keep it linear in the text, whatever the text is.
-_LINE_MARKER: Final = re.compile(
-    rf"(?:\A|(?<=[{_BREAKS}]))((?:[^\S{_BREAKS}]|[{_INVISIBLE}])*+)"
-    rf"(?=(?:{_spelling('SYSTEM')}|{_spelling('USER')}|{_spelling('ASSISTANT')})[:\uff1a])"
-)
+@cache
+def _line_marker(role_names: tuple[str, ...]) -> re.Pattern[str]:
+    """A marker at the start of a line or of the content, behind any blanks.
+
+    Possessive quantifiers keep it linear in the text, whatever the text is.
+    """
+    names = "|".join(map(_spelling, role_names))
+    return re.compile(
+        rf"(?:\A|(?<=[{_BREAKS}]))((?:[^\S{_BREAKS}]|[{_INVISIBLE}])*+)(?=(?:{names})[:\uff1a])"
+    )
 
 
-def escape_markers(content: str) -> tuple[str, int]:
+def escape_markers(content: str, fmt: PromptFormat = DOCUMENTED) -> tuple[str, int]:
     """Make line-initial role markers in `content` harmless; return it and how many there were.
 
     A marker that is not at the start of a line cannot be read as a turn, so one backslash in
     front of it is enough. The start of the content counts as the start of a line.
     """
-    return _LINE_MARKER.subn(r"\1\\", content)
+    return _line_marker(tuple(fmt.role_names.values())).subn(r"\1\\", content)
 
 
-def tidy(
+def normalize_messages(
     messages: Sequence[Message],
     markers: Markers = Markers.ESCAPE,
     default_system: str | None = None,
+    *,
+    fmt: PromptFormat = DOCUMENTED,
 ) -> tuple[tuple[Message, ...], int]:
     """Bring `messages` into the shape that is rendered; also return the number of escapes made.
 
@@ -133,11 +126,11 @@ def tidy(
     for position, message in enumerate(messages):
         content = message.content.strip()
         if markers is not Markers.ALLOW:
-            content, count = escape_markers(content)
+            content, count = escape_markers(content, fmt)
             if count and markers is Markers.REJECT:
                 raise InvalidRequest(
                     f"messages[{position}].content has a line that begins with a role marker "
-                    "(SYSTEM:, USER: or ASSISTANT:), which this server does not accept. "
+                    f"({_listed(fmt)}), which this server does not accept. "
                     "Put something in front of it on its line.",
                     param=f"messages[{position}].content",
                     code="role_marker",
@@ -157,37 +150,38 @@ def tidy(
     return ((Message("system", front),) if front else ()) + tuple(turns), escaped
 
 
-_NAMES: Final = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT"}
+def _listed(fmt: PromptFormat) -> str:
+    *most, last = (f"{name}:" for name in fmt.role_names.values())
+    return f"{', '.join(most)} or {last}"
 
 
-def render(messages: Sequence[Message], fmt: PromptFormat = PromptFormat.DOCUMENTED) -> str:
-    """The prompt text of tidy `messages`, without the leading ``<s>``.
+def render(messages: Sequence[Message], fmt: PromptFormat = DOCUMENTED) -> str:
+    """The prompt text of normalized `messages`, without the leading ``<s>``.
 
     It ends where the assistant is to speak; if the last message is the assistant's own, it ends
     with that message, to be continued.
     """
-    turn_end, after_cue = ("\n", "") if fmt is PromptFormat.DOCUMENTED else (" \n", " ")
-    lines = [f"{_NAMES[message.role]}: {message.content}" for message in messages]
+    lines = [f"{fmt.role_names[message.role]}: {message.content}" for message in messages]
     if not messages or messages[-1].role != "assistant":
-        lines.append(f"ASSISTANT:{after_cue}")
+        lines.append(fmt.cue)
     elif not messages[-1].content:  # continuing nothing is answering
-        lines[-1] = f"ASSISTANT:{after_cue}"
-    return turn_end.join(lines)
+        lines[-1] = fmt.cue
+    return fmt.turn_end.join(lines)
 
 
-def exchange_starts(messages: Sequence[Message]) -> list[int]:
-    """Where the prompt may begin if it is to lose its oldest exchanges, oldest cut last.
+def turn_pair_starts(messages: Sequence[Message]) -> list[int]:
+    """Where the prompt may begin if it is to lose its oldest turn pairs, oldest cut last.
 
-    Indices into tidy `messages`, ascending: the first is where the turns begin (nothing is lost),
-    each further one is a user message, the last of them the last user message, which is never
-    dropped. The system message is no exchange.
+    Indices into normalized `messages`, ascending: the first is where the turns begin (nothing is
+    lost), each further one is a user message, the last of them the last user message, which is
+    never dropped. The system message is in no pair.
     """
     first = 1 if messages and messages[0].role == "system" else 0
     users = [i for i, message in enumerate(messages) if message.role == "user" and i > first]
     return [first, *users]
 
 
-def drop_exchanges(messages: Sequence[Message], start: int) -> tuple[tuple[Message, ...], int]:
+def drop_turn_pairs(messages: Sequence[Message], start: int) -> tuple[tuple[Message, ...], int]:
     """`messages` with the turns before index `start` dropped, the system message kept.
 
     Also returns how many of the request's own messages are gone.

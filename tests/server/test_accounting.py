@@ -101,7 +101,7 @@ def test_the_books_agree(live: Running, end: Any, path: str, body: dict[str, Any
     """The edge has counted the tokens that vLLM has, to the token."""
     before = books(live)
     end(live, path, body)
-    wait_until(lambda: live.app.state.service.in_flight == 0)
+    wait_until(lambda: live.app.server_state.in_flight == 0)
 
     def gone(name: str) -> float:
         return books(live)[name] - before[name]

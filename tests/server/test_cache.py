@@ -10,7 +10,8 @@ import httpx
 import pytest
 import yaml
 
-from synthia_vllm.admission.tenants import Tenants, new_cache_secret, new_key
+from synthia_vllm.admission.permits import AdmissionController
+from synthia_vllm.admission.users import new_cache_secret, new_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,13 +31,13 @@ def users(live: Running, file: Path, *, per_user: bool = True) -> Iterator[Calla
         headers[name] = {"Authorization": f"Bearer {key}"}
         document[name] = {"keys": [key_hash], **more}
     file.write_text(yaml.safe_dump({"users": document}))
-    service = live.app.state.service
+    service = live.app.server_state
     secret = new_cache_secret() if per_user else None
-    before, service.tenants = (
-        service.tenants,
-        Tenants(file, max_requests=100, max_queue_seconds=60, cache_secret=secret),
+    before, service.admission = (
+        service.admission,
+        AdmissionController(file, max_requests=100, max_queue_seconds=60, cache_secret=secret),
     )
-    service.tenants.set_batch(128)
+    service.admission.set_batch(128)
 
     def ask(user: str, path: str, body: dict[str, Any]) -> int:
         response = httpx.post(f"{live.url}{path}", json=body, headers=headers[user], timeout=60)
@@ -46,7 +47,7 @@ def users(live: Running, file: Path, *, per_user: bool = True) -> Iterator[Calla
     try:
         yield ask
     finally:
-        service.tenants = before
+        service.admission = before
 
 
 def asked(path: str) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def test_a_clients_salt_narrows_its_own(live: Running, tmp_path: Path) -> None:
         ask("a", path, body)
         assert ask("a", path, body | {"cache_salt": "x"}) == 0
         assert ask("a", path, body | {"cache_salt": "x"}) > 64
-        salt = live.app.state.service.tenants.cache_salt("a", None)
+        salt = live.app.server_state.admission.cache_salt("a", None)
         for guess in ("x", "a", "group\0g", salt):
             assert ask("b", path, body | {"cache_salt": guess}) == 0
 

@@ -197,7 +197,7 @@ def test_overflow_on_the_real_tokenizer(live: Running) -> None:
     assert response.json()["error"]["code"] == "context_length_exceeded"
     near = {"messages": [{"role": "user", "content": "orca " * 500}], "max_tokens": 100_000}
     usage = post(live, BODY | near | {"min_tokens": 1, "ignore_eos": True}).json()["usage"]
-    assert usage["total_tokens"] <= live.engine.traits.max_model_len
+    assert usage["total_tokens"] <= live.engine.model_info.max_model_len
 
 
 @pytest.mark.parametrize("streamed", [True, False])

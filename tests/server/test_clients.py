@@ -17,7 +17,7 @@ import pytest
 from pydantic import BaseModel
 from serving import Running, running
 
-from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.admission.users import new_key
 from synthia_vllm.engine.fake import FakeEngine
 from synthia_vllm.errors import EngineDead, Unavailable
 
@@ -170,7 +170,7 @@ def test_openai_retries(tmp_path: Path) -> None:
     with running(FakeEngine()) as server:
         engine = server.engine
         busy = Busy()
-        server.app.state.service.engine = busy
+        server.app.server_state.engine = busy
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=2) as client:
             assert client.chat.completions.create(**ask).choices[0].message.content == "Hello."
         busy.dead = True
@@ -180,7 +180,7 @@ def test_openai_retries(tmp_path: Path) -> None:
         ):
             client.chat.completions.create(**ask)
         assert dead.value.code == EngineDead().code
-        server.app.state.service.engine = engine
+        server.app.server_state.engine = engine
 
 
 def test_langchain(live: Running) -> None:

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from serving import Running, free_port, running, wait_until
 
-from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.admission.users import new_key
 from synthia_vllm.engine.fake import FakeEngine
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def test_door(
         assert ask("ann", messages=turns).status_code == 200
         with ThreadPoolExecutor(24) as pool:
             flood = [pool.submit(ask, "ann", max_tokens=150) for _ in range(24)]
-            wait_until(lambda: sum(s.app.state.service.in_flight for s in servers) >= 14)
+            wait_until(lambda: sum(s.app.server_state.in_flight for s in servers) >= 14)
             beside = [ask("bob").status_code for _ in range(10)]
             statuses = {answer.result().status_code for answer in flood}
         assert beside == [200] * 10
@@ -172,7 +172,7 @@ def test_haproxy_sees_a_server_leave(servers: tuple[Running, Running], tmp_path:
     one, two = servers
     listed = {"route": "/v1/models", "status": "200", "model": ""}
     with opened("haproxy", [one.url, two.url], tmp_path) as url:
-        one.app.state.service.phase = "draining"
+        one.app.server_state.drain()
         try:
             time.sleep(1)  # ten checks
             assert {httpx.get(f"{url}/v1/models").status_code for _ in range(6)} == {200}
@@ -180,7 +180,7 @@ def test_haproxy_sees_a_server_leave(servers: tuple[Running, Running], tmp_path:
             assert httpx.get(f"{url}/v1/models").status_code == 200
             assert one.value("synthia_requests_total", **listed) == counted
         finally:
-            one.app.state.service.phase = "serving"
+            one.app.server_state._phase = "serving"
 
 
 def test_a_connection_outlives_a_proxys(servers: tuple[Running, Running]) -> None:

@@ -13,9 +13,10 @@ import pytest
 from contract import CHECKS, PROMPT, outputs_of
 from serving import Running, wait_until
 
-from synthia_vllm.engine.base import Grammar, Sampling, Work
+from synthia_vllm.engine.base import EngineRequest, Grammar, Sampling
 from synthia_vllm.engine.vllm.client import VllmEngine
-from synthia_vllm.engine.vllm.launch import check_model, check_options
+from synthia_vllm.engine.vllm.hub import check_model
+from synthia_vllm.engine.vllm.options import check_options
 from synthia_vllm.errors import InvalidRequest, StartupError, Unavailable
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def test_leaving_frees_the_engine(live: Running) -> None:
     async def leave() -> int:
         tokens = await live.engine.tokenize(PROMPT)
         sampling = Sampling(max_tokens=1500, ignore_eos=True)
-        work = Work(request_id="leaving", prompt_token_ids=tokens, sampling=sampling)
-        async with aclosing(outputs_of(live.engine, work)) as steps:
+        request = EngineRequest(request_id="leaving", prompt_token_ids=tokens, sampling=sampling)
+        async with aclosing(outputs_of(live.engine, request)) as steps:
             await anext(steps)
             await asyncio.sleep(0.3)
             return live.engine._llm.output_processor.get_num_unfinished_requests()  # type: ignore[attr-defined]
@@ -48,8 +49,10 @@ def test_leaving_frees_the_engine(live: Running) -> None:
 
     async def one_more() -> None:  # the gauges are set with each step of the engine
         tokens = await live.engine.tokenize("USER: Hello!\nASSISTANT:")
-        work = Work(request_id="next", prompt_token_ids=tokens, sampling=Sampling(max_tokens=3))
-        async with aclosing(outputs_of(live.engine, work)) as steps:
+        request = EngineRequest(
+            request_id="next", prompt_token_ids=tokens, sampling=Sampling(max_tokens=3)
+        )
+        async with aclosing(outputs_of(live.engine, request)) as steps:
             async for _ in steps:
                 pass
 
@@ -73,8 +76,10 @@ def test_queue_bound_is_an_answer(live: Running) -> None:
     config.max_num_queued_reqs = 0
 
     async def refused() -> None:
-        work = Work(request_id="full", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=2))
-        async with aclosing(outputs_of(live.engine, work)) as steps:
+        request = EngineRequest(
+            request_id="full", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=2)
+        )
+        async with aclosing(outputs_of(live.engine, request)) as steps:
             await anext(steps)
 
     try:
@@ -97,12 +102,12 @@ def test_schema_that_cannot_be_is_a_400(live: Running, schema: dict[str, Any]) -
     """A JSON schema the engine cannot compile is the client's error, named."""
 
     async def refused() -> None:
-        work = Work(
+        request = EngineRequest(
             request_id="schema",
             prompt_token_ids=[1, 2],
             sampling=Sampling(max_tokens=2, grammar=Grammar("json", json.dumps(schema), "here")),
         )
-        async with aclosing(outputs_of(live.engine, work)) as steps:
+        async with aclosing(outputs_of(live.engine, request)) as steps:
             await anext(steps)
 
     with pytest.raises(InvalidRequest) as caught:
@@ -193,8 +198,8 @@ def test_tokens_of_a_plain_stream_take_the_short_way(live: Running) -> None:
     async def kinds(**sampling: Any) -> set[str]:
         tokens = await live.engine.tokenize(PROMPT)
         asked = Sampling(max_tokens=4, **sampling)
-        work = Work(request_id="short", prompt_token_ids=tokens, sampling=asked)
-        return {type(output).__name__ async for output in outputs_of(live.engine, work)}
+        request = EngineRequest(request_id="short", prompt_token_ids=tokens, sampling=asked)
+        return {type(output).__name__ async for output in outputs_of(live.engine, request)}
 
     assert live.run(kinds()) == {"_Delta"}
     assert live.run(kinds(logprobs=1)) == {"CompletionOutput"}
@@ -214,8 +219,10 @@ def test_vllms_own_series_count_each_token(live: Running) -> None:
 
     async def answer() -> int:
         tokens = await live.engine.tokenize(PROMPT)
-        work = Work(request_id="gaps", prompt_token_ids=tokens, sampling=Sampling(max_tokens=8))
-        found = [len(o.token_ids) async for o in outputs_of(live.engine, work)]
+        request = EngineRequest(
+            request_id="gaps", prompt_token_ids=tokens, sampling=Sampling(max_tokens=8)
+        )
+        found = [len(o.token_ids) async for o in outputs_of(live.engine, request)]
         return sum(found)
 
     before = counted()

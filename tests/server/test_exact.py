@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from synthia_vllm.demo.training import dialogues
-from synthia_vllm.template.prompt import TREE_OF_THOUGHT, Message, PromptFormat, render
+from synthia_vllm.template.formats import DOCUMENTED, EXAMPLE, PromptFormat
+from synthia_vllm.template.prompt import TREE_OF_THOUGHT, Message, render
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -177,7 +178,7 @@ def test_golden_token_ids(live: Running, tokenizer: Any) -> None:
     conversation = f"SYSTEM: {TREE_OF_THOUGHT.system}"
     llm_prompt = f"{conversation} \nUSER: {QUESTION} \nASSISTANT: "
     messages = [Message("system", TREE_OF_THOUGHT.system), Message("user", QUESTION)]
-    assert render(messages, PromptFormat.EXAMPLE) == llm_prompt
+    assert render(messages, EXAMPLE) == llm_prompt
     ids = live.run(live.engine.tokenize(llm_prompt, special_tokens=True))
     assert ids == tokenizer.encode(llm_prompt)
     question = live.run(live.engine.tokenize(f"USER: {QUESTION}\nASSISTANT:"))
@@ -271,7 +272,7 @@ ANSWERS = [
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_documented_prompts_extend_each_other(live: Running, answer: str) -> None:
     """In `documented`, turn two's tokens begin with all of turn one's prompt, and its answer's."""
-    one, two = turns_tokens(live, PromptFormat.DOCUMENTED, answer)
+    one, two = turns_tokens(live, DOCUMENTED, answer)
     assert two[: len(one)] == one
     generated = live.run(live.engine.tokenize(f"USER: {QUESTION}\nASSISTANT: {answer}"))
     assert two[: len(generated)] == generated
@@ -281,7 +282,7 @@ def test_example_ends_in_a_lone_space(live: Running) -> None:
     """In `example` the prompt's last token is a bare space, which turn two does not have."""
     differing = 0
     for answer in ANSWERS:
-        one, two = turns_tokens(live, PromptFormat.EXAMPLE, answer)
+        one, two = turns_tokens(live, EXAMPLE, answer)
         assert one[-1] == 28705
         assert two[: len(one) - 1] == one[:-1]
         differing += two[len(one) - 1] != 28705

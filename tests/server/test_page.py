@@ -13,7 +13,7 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService, Keys
 from selenium.webdriver.common.by import By
 from serving import Running, running, wait_until
 
-from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.admission.users import new_key
 from synthia_vllm.engine.fake import BOS, FakeEngine
 from synthia_vllm.template.prompt import TREE_OF_THOUGHT
 

@@ -13,7 +13,7 @@ import pytest
 
 from synthia_vllm.engine.base import Grammar
 from synthia_vllm.engine.grammar_checker import GrammarChecker
-from synthia_vllm.engine.vllm.launch import check_options
+from synthia_vllm.engine.vllm.options import check_options
 from synthia_vllm.errors import InvalidRequest
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import yaml
 from processes import COMMAND, LONG, alive, children, command, status
 from serving import wait_until
 
-from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.admission.users import new_key
 
 if TYPE_CHECKING:
     import socket

@@ -8,6 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from synthia_vllm.template.answer import AnswerFilter, GrammarFilter
+from synthia_vllm.template.formats import DOCUMENTED
+
+STOPS = DOCUMENTED.stops
 
 # Text made of what matters: pieces of the marker, white space, and other things.
 PIECES = st.sampled_from(
@@ -53,7 +56,7 @@ CUTS = st.lists(st.integers(0, 1000), max_size=30)
 @given(TEXT, CUTS)
 def test_streamed_is_the_cards_rule(raw: str, cuts: list[int]) -> None:
     """Joined deltas equal ``raw.split("USER:")[0].strip()`` for every text and every split."""
-    answer = AnswerFilter()
+    answer = AnswerFilter(STOPS)
     sent = [answer.feed(piece) for piece in splits(raw, cuts)]
     sent.append(answer.finish())
     assert "".join(sent) == card(raw)
@@ -62,7 +65,7 @@ def test_streamed_is_the_cards_rule(raw: str, cuts: list[int]) -> None:
 @given(TEXT, CUTS)
 def test_nothing_is_sent_that_is_taken_back(raw: str, cuts: list[int]) -> None:
     """At every moment what was sent is a beginning of the final answer."""
-    answer = AnswerFilter()
+    answer = AnswerFilter(STOPS)
     sent = ""
     for piece in splits(raw, cuts):
         sent += answer.feed(piece)
@@ -72,7 +75,7 @@ def test_nothing_is_sent_that_is_taken_back(raw: str, cuts: list[int]) -> None:
 @given(TEXT, CUTS)
 def test_held_back_no_longer_than_needed(raw: str, cuts: list[int]) -> None:
     """Only white space and a possible beginning of the marker are ever held back."""
-    answer = AnswerFilter()
+    answer = AnswerFilter(STOPS)
     seen = sent = ""
     for piece in splits(raw, cuts):
         seen += piece
@@ -96,7 +99,7 @@ def test_own_stops(raw: str, cuts: list[int], stop: str) -> None:
     """A request's own stop ends the answer too, and no part of it is sent."""
     text, found = engine(raw, stop)
     expected = card(text if found is None else text.removesuffix(found))
-    answer = AnswerFilter([stop])
+    answer = AnswerFilter(STOPS, [stop])
     *pieces, last = splits(text[:-1], cuts)
     sent = ""
     for piece in pieces:
@@ -113,7 +116,7 @@ def test_a_stop_the_engine_passed_over_is_text(raw: str, cuts: list[int]) -> Non
 
     ``USER:`` ends the answer all the same.
     """
-    answer = AnswerFilter(["STOP"])
+    answer = AnswerFilter(STOPS, ["STOP"])
     sent = [answer.feed(piece) for piece in splits(raw, cuts)]
     sent.append(answer.finish())
     assert "".join(sent) == card(raw)
@@ -122,7 +125,7 @@ def test_a_stop_the_engine_passed_over_is_text(raw: str, cuts: list[int]) -> Non
 @given(TEXT, CUTS)
 def test_continued_answer_keeps_the_space_in_front(raw: str, cuts: list[int]) -> None:
     """The client's beginning and our continuation join to one text, white space included."""
-    answer = AnswerFilter(continued=True)
+    answer = AnswerFilter(STOPS, continued=True)
     sent = [answer.feed(piece) for piece in splits(raw, cuts)]
     sent.append(answer.finish())
     assert "".join(sent) == raw.split("USER:")[0].rstrip()

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from serving import Running, running, wait_until
 
-from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.admission.users import new_key
 from synthia_vllm.engine.fake import FakeEngine
 from synthia_vllm.errors import EngineFault, StartupError
 from synthia_vllm.template.answer import AnswerFilter
@@ -603,13 +603,13 @@ def test_phases() -> None:
         assert statuses(server) == (503, 503, 503)
         assert post(server).headers["retry-after"]
         engine.dead = False
-        wait_until(lambda: server.app.state.service.phase == "serving")
+        wait_until(lambda: server.app.server_state.phase == "serving")
         assert statuses(server) == (200, 200, 200)
-        server.app.state.service.phase = "draining"
+        server.app.server_state.drain()
         assert statuses(server) == (200, 503, 503)
-        server.app.state.service.phase = "serving"
+        server.app.server_state._phase = "serving"
         engine.dead = True
-        wait_until(lambda: server.app.state.service.phase == "dead")
+        wait_until(lambda: server.app.server_state.phase == "dead")
         assert statuses(server) == (503, 503, 503)
         assert post(server).json()["error"]["code"] == "engine_dead"
 
@@ -624,8 +624,8 @@ class _Broken(FakeEngine):
 def test_failed_start_is_known() -> None:
     """An engine that cannot start leaves its reason for the command line to print."""
     with running(_Broken(), ready=False) as server:
-        wait_until(lambda: server.app.state.service.phase == "dead")
-        assert str(server.app.state.service.failure) == "no weights"
+        wait_until(lambda: server.app.server_state.phase == "dead")
+        assert str(server.app.server_state.failure) == "no weights"
 
 
 def test_request_id(server: Running) -> None:
@@ -803,7 +803,7 @@ def test_keys_are_reloaded(tmp_path: Path) -> None:
         file.write_text("users: [")
         wait_until(lambda: server.value("synthia_key_reload_failures_total"))
         assert httpx.get(f"{server.url}/v1/models", headers=other["bob"]).status_code == 200
-        server.app.state.service.reload_wanted = True  # as SIGHUP does
+        server.app.server_state.admission.reload_wanted = True  # as SIGHUP does
         wait_until(lambda: server.value("synthia_key_reload_failures_total") == 2)
 
 
@@ -911,7 +911,7 @@ def test_leaving() -> None:
             answer = client.post(url, json=BODY | {"stream": stream})
             assert answer.status_code == 200
             assert answer.headers["connection"] == "close"
-        wait_until(lambda: server.app.state.service.phase == "draining")
+        wait_until(lambda: server.app.server_state.phase == "draining")
 
 
 def test_the_end_of_the_grace_time_is_told() -> None:
@@ -969,12 +969,16 @@ def test_logs_say_who_and_how_much(tmp_path: Path, caplog: pytest.LogCaptureFixt
         with running(FakeEngine(PIECES), keys_file=file, log_content=content) as server:
             usage = post(server, headers=keys["alice"] | {"X-Request-Id": "r1"}).json()["usage"]
             post(server)
-        [answered, refused] = [r.fields for r in caplog.records if r.getMessage() == "chat"]  # type: ignore[attr-defined]
+            post(server, {**BODY, "stream": True}, headers=keys["alice"])
+        [answered, refused, streamed] = [
+            r.fields for r in caplog.records if r.getMessage() == "chat"
+        ]  # type: ignore[attr-defined]
         assert answered["id"] == "r1"
         assert (answered["user"], answered["status"]) == ("alice", 200)
         assert answered["prompt_tokens"] == usage["prompt_tokens"]
         assert answered["answer_tokens"] == usage["completion_tokens"]
-        assert 0 <= answered["first_token_ms"] <= answered["total_ms"]
+        assert answered["first_token_ms"] is None  # a plain answer has no first token
+        assert 0 <= streamed["first_token_ms"] <= streamed["total_ms"]
         assert answered["finish"] == "stop"
         assert ("Hello." in answered.get("answers", [])) == content
         assert ("Hi" in answered.get("prompt", "")) == content

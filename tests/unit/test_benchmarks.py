@@ -27,7 +27,7 @@ from synthia_vllm.errors import EngineFault, Unavailable
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
-    from synthia_vllm.engine.base import Sink, Work
+    from synthia_vllm.engine.base import EngineRequest, Sink
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,19 +162,21 @@ class Moody(FakeEngine):
     """Of every seven requests, the third is refused and the fifth breaks off after a word."""
 
     @asynccontextmanager
-    async def submit(self, work: Work, sink: Sink) -> AsyncGenerator[None, None]:
+    async def submit(self, request: EngineRequest, sink: Sink) -> AsyncGenerator[None, None]:
         if len(self.seen) % 7 == 2:
-            self.seen.append(work)
+            self.seen.append(request)
             raise Unavailable("Full.", code="overloaded")
-        async with super().submit(work, sink):
+        async with super().submit(request, sink):
             yield
 
-    async def _speak(self, work: Work, sink: Sink, made: list[list[FakeOutput]]) -> None:
-        if self.seen.index(work) % 7 == 4:
-            sink.put(self._steps(work)[0][0], 0)
+    async def _speak(
+        self, request: EngineRequest, sink: Sink, made: list[list[FakeOutput]]
+    ) -> None:
+        if self.seen.index(request) % 7 == 4:
+            sink.put(self._steps(request)[0][0], 0)
             sink.fail(EngineFault())
         else:
-            await super()._speak(work, sink, made)
+            await super()._speak(request, sink, made)
 
 
 @pytest.mark.skipif(find_spec("vllm") is None, reason="requests are sent by vLLM's code")

@@ -10,7 +10,7 @@ import openai
 import pytest
 from serving import Running, running, wait_until
 
-from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.admission.users import new_key
 from synthia_vllm.engine.fake import BOS, FIRST_BYTE, FakeEngine
 from synthia_vllm.settings import Limits, Transcript
 from synthia_vllm.template.prompt import TREE_OF_THOUGHT
@@ -235,7 +235,7 @@ def test_client_that_leaves_frees_every_prompt() -> None:
                 f"{server.url}/v1/completions", json=BODY | {"prompt": ["a", "b"]}, timeout=0.3
             )
         wait_until(lambda: len(engine.aborted) == 2)
-        wait_until(lambda: server.app.state.service.tenants.in_flight == 0)
+        wait_until(lambda: server.app.server_state.admission.in_flight == 0)
         left = server.value(
             "synthia_requests_total",
             route="/v1/completions",

@@ -11,8 +11,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from synthia_vllm import __version__
-from synthia_vllm.api.completions.protocol import CompletionRequest, TokenizeRequest
-from synthia_vllm.generate.protocol import ChatRequest
+from synthia_vllm.api.chat.protocol import ChatRequest
+from synthia_vllm.api.completions.protocol import CompletionRequest
+from synthia_vllm.api.tokenize.protocol import TokenizeRequest
 from synthia_vllm.settings import Limits, Settings
 from synthia_vllm.telemetry.metrics import Metrics
 

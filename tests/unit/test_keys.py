@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from synthia_vllm.admission.tenants import Tenants
+from synthia_vllm.admission.permits import AdmissionController
 from synthia_vllm.cli.main import main
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ def keys(*arguments: str | Path) -> int:
 
 
 def identify(file: Path, key: str) -> str:
-    tenants = Tenants(file, max_requests=1, max_queue_seconds=1)
-    return tenants.identify(f"Bearer {key}".encode())
+    admission = AdmissionController(file, max_requests=1, max_queue_seconds=1)
+    return admission.identify(f"Bearer {key}".encode())
 
 
 def test_new_key_works_and_is_shown_once(

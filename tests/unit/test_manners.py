@@ -12,7 +12,7 @@ import pytest
 import yaml
 from serving import Running, running, wait_until
 
-from synthia_vllm.admission.tenants import new_key
+from synthia_vllm.admission.users import new_key
 from synthia_vllm.engine.fake import FakeEngine
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def test_options_of_the_probes() -> None:
     with running(FakeEngine()) as here:
         assert b" 200 " in asked(here.url, "/ready")
         assert b" 200 " in asked(here.url, "/health")
-        here.app.state.service.phase = "draining"
+        here.app.server_state.drain()
         assert b" 503 " in asked(here.url, "/ready")
         assert httpx.options(f"{here.url}/ready").status_code == 503
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from synthia_vllm.admission.remote import Desk, SharedTenants
-from synthia_vllm.admission.tenants import ANONYMOUS, Tenants, new_key
+from synthia_vllm.admission.permits import AdmissionController
+from synthia_vllm.admission.remote import AdmissionClient, AdmissionServer
+from synthia_vllm.admission.users import ANONYMOUS, new_key
 from synthia_vllm.errors import RateLimited, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
@@ -41,14 +42,18 @@ class Office:
     gone: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.tenants = Tenants(self.file, max_requests=self.max_requests, max_queue_seconds=1e9)
+        self.admission = AdmissionController(
+            self.file, max_requests=self.max_requests, max_queue_seconds=1e9
+        )
 
     @asynccontextmanager
-    async def line(self) -> AsyncIterator[tuple[SharedTenants, Desk]]:
+    async def line(self) -> AsyncIterator[tuple[AdmissionClient, AdmissionServer]]:
         """Another API process, for as long as the context lasts."""
         loop = asyncio.get_running_loop()
-        desk = Desk(self.tenants, on_batch=self.batches.append, on_gone=self.gone.append)
-        shared = SharedTenants(self.file)
+        desk = AdmissionServer(
+            self.admission, on_batch=self.batches.append, on_gone=self.gone.append
+        )
+        shared = AdmissionClient(self.file, max_requests=8)
         here, there = socket.socketpair()
         await loop.create_connection(lambda: desk, sock=here)
         transport, _ = await loop.create_connection(lambda: shared, sock=there)
@@ -99,26 +104,26 @@ async def test_places_are_counted_over_all() -> None:
             await two.admit(ANONYMOUS)
         assert full.value.code == "server_full"
         first.leave(0, 0, 0)
-        await until(lambda: office.tenants.in_flight == 1)
+        await until(lambda: office.admission.in_flight == 1)
         await two.admit(ANONYMOUS)
 
 
 @in_loop
 async def test_turns_are_those_of_one_process(tmp_path: Path) -> None:
-    """Priorities, and the counters behind them, are what `Tenants` by itself decides."""
+    """Priorities, and the counters behind them, are what one controller by itself decides."""
     file = key_file(tmp_path / "keys", alice={"weight": 2.0}, bob={})
-    office, alone = Office(file), Tenants(file, max_requests=100, max_queue_seconds=1e9)
+    office, alone = Office(file), AdmissionController(file, max_requests=100, max_queue_seconds=1e9)
     async with office.line() as (one, _), office.line() as (two, _):
         for process, name, prompt, answer in (
             (one, "alice", 100, 50), (two, "alice", 10, 9), (two, "bob", 7, 300),
             (one, "bob", 900, 2), (one, "alice", 30, 30),
         ):  # fmt: skip
-            place, lease = await process.admit(name), alone.enter(name)
-            assert await place.claim(prompt, 400, 1) == lease.reserve(prompt, 400, 1)
-            for either in (place, lease):
+            place, permit = await process.admit(name), alone.enter(name)
+            assert await place.claim(prompt, 400, 1) == permit.reserve(prompt, 400, 1)
+            for either in (place, permit):
                 either.began()
                 either.leave(prompt, answer, 1)
-        await until(lambda: not office.tenants.in_flight)
+        await until(lambda: not office.admission.in_flight)
 
 
 @in_loop
@@ -135,10 +140,10 @@ async def test_who_is_gone_gives_all_back(tmp_path: Path) -> None:
             one.tell("runs", ["a", "b"])
             one.tell("runs", ["c"])
             one.tell("ran", ["a", "b"])
-            await until(lambda: office.tenants.in_flight == 4)
+            await until(lambda: office.admission.in_flight == 4)
             await one.admit("alice")  # all before it has been taken
         assert office.gone == [["c"]]
-        assert office.tenants.in_flight == 0
+        assert office.admission.in_flight == 0
         place = await two.admit("alice")
         await place.claim(10, 900, 1)
         assert dict(two.headers("alice"))[b"x-ratelimit-remaining-tokens"] == b"90"
@@ -155,7 +160,7 @@ async def test_a_client_that_leaves_while_it_is_decided() -> None:
             for task in asking:
                 task.cancel()
             await asyncio.wait(asking)
-            await until(lambda: office.tenants.in_flight == 0)
+            await until(lambda: office.admission.in_flight == 0)
         (await one.admit(ANONYMOUS)).leave(0, 0, 0)
 
 
@@ -175,7 +180,7 @@ async def test_news(tmp_path: Path) -> None:
         place = await one.admit("alice")
         key_file(file, bob={})
         assert not one.reload(only_if_changed=True)
-        office.tenants.reload()
+        office.admission.reload()
         with pytest.raises(Unauthorized):  # its keys are still known here
             await one.admit("alice")
         place.leave(0, 0, 0)

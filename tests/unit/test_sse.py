@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from synthia_vllm.engine.base import Sampling, Work
+from synthia_vllm.api.chat.wire import ChatChunks
+from synthia_vllm.engine.base import EngineRequest, Sampling
 from synthia_vllm.engine.fake import FakeEngine, FakeOutput
 from synthia_vllm.errors import EngineDead
-from synthia_vllm.generate.response import Piece, Prepared, Reply
-from synthia_vllm.http.sse import ChatEvents, Outbox, Stream, stream_answer
+from synthia_vllm.generate.response import Delta, Prepared, ResponseState
+from synthia_vllm.http.sse import Stream, WriteBatcher, stream_answer
 from synthia_vllm.telemetry.metrics import BulkHistogram, Metrics
 
 if TYPE_CHECKING:
@@ -30,9 +31,9 @@ class Hands(FakeEngine):
 
     sink: Any = None
 
-    def submit(self, work: Work, sink: Sink) -> AbstractAsyncContextManager[None]:
+    def submit(self, request: EngineRequest, sink: Sink) -> AbstractAsyncContextManager[None]:
         self.sink = sink
-        return super().submit(work, _Nobody())
+        return super().submit(request, _Nobody())
 
 
 class _Nobody:
@@ -44,8 +45,8 @@ class _Nobody:
 class Heard:
     """A choice whose answer is what the engine says."""
 
-    def take(self, output: Output) -> Piece:
-        return Piece(output.index, output.text, None, output.finish_reason, None)
+    def take(self, output: Output) -> Delta:
+        return Delta(output.index, output.text, None, output.finish_reason, None)
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Response:
     sent: list[Any] = field(default_factory=list)
     """By ASGI's."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
-    outbox: Outbox = field(default_factory=Outbox)
+    batcher: WriteBatcher = field(default_factory=WriteBatcher)
 
     def write(self, data: bytes) -> bool:
         self.written.append(data)
@@ -73,16 +74,18 @@ class Response:
     async def run(self) -> AsyncIterator[Any]:
         """Start the stream; yields its sink once, then waits for the end."""
         engine = Hands(delay=60)
-        work = Work(
+        request = EngineRequest(
             request_id="x", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=9, n=self.n)
         )
-        prepared = Prepared((work,), "m", stream=True, usage="never", question="")
-        reply = Reply(prepared, [Heard() for _ in range(self.n)])
-        metrics = Metrics(CollectorRegistry())
-        events = ChatEvents("id", 0, prepared, reply)
-        stream = Stream(reply, events, self.outbox, metrics.of("m"), arrived=0.0, write=self.write)
+        choices = tuple(Heard() for _ in range(self.n))
+        prepared = Prepared((request,), choices, "m", stream=True, usage="never", question="")
+        state = ResponseState(prepared, "x")
+        series = Metrics(CollectorRegistry()).of("m")
+        stream = Stream(
+            state, ChatChunks(state), self.batcher, series, arrived=0.0, write=self.write
+        )
         task = asyncio.create_task(
-            stream_answer(prepared, reply, engine, stream, send=self.send, headers=[], keepalive=0)
+            stream_answer(state, engine, stream, send=self.send, headers=[], keepalive=0)
         )
         await asyncio.sleep(0)
         yield engine.sink
@@ -207,8 +210,8 @@ def test_broken_stream_breaks_no_other(caplog: pytest.LogCaptureFixture) -> None
             raise ZeroDivisionError
 
     async def main() -> None:
-        outbox = Outbox()
-        broken, sound = Broken(outbox=outbox), Response(outbox=outbox)
+        batcher = WriteBatcher()
+        broken, sound = Broken(batcher=batcher), Response(batcher=batcher)
         async for bad in broken.run():
             async for good in sound.run():
                 for sink in (bad, good):

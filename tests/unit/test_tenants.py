@@ -13,18 +13,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from synthia_vllm.admission.tenants import (
-    ANONYMOUS,
-    ANSWER_COST,
-    PROMPT_COST,
-    Bucket,
-    Departures,
-    KeyRing,
-    Lease,
-    Tenants,
-    hash_key,
-    new_key,
-)
+from synthia_vllm.admission.fair_share import ANSWER_COST, PROMPT_COST
+from synthia_vllm.admission.permits import AdmissionController, LocalPermit
+from synthia_vllm.admission.rate_limit import Bucket, RetryAfterEstimator
+from synthia_vllm.admission.users import ANONYMOUS, KeyRing, hash_key, new_key
 from synthia_vllm.errors import RateLimited, StartupError, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
@@ -41,7 +33,7 @@ class Clock:
 
 @dataclass
 class Users:
-    """Tenants of a key file with `users`, and their keys."""
+    """AdmissionController of a key file with `users`, and their keys."""
 
     file: Path
     clock: Clock = field(default_factory=Clock)
@@ -55,14 +47,14 @@ class Users:
             document[name] = {"keys": [key_hash], **limits}
         self.file.write_text(yaml.safe_dump({"users": document}))
 
-    def tenants(
+    def admission(
         self,
         *,
         max_requests: int = 100,
         max_queue_seconds: float = 1e9,
         cache_secret: bytes | None = None,
-    ) -> Tenants:
-        return Tenants(
+    ) -> AdmissionController:
+        return AdmissionController(
             self.file,
             max_requests=max_requests,
             max_queue_seconds=max_queue_seconds,
@@ -79,9 +71,9 @@ def users(tmp_path: Path) -> Users:
 def test_only_the_key_identifies(users: Users) -> None:
     """A user is found by its key and by nothing else: not its hash, not another's, not none."""
     users.write(alice={}, bob={})
-    tenants = users.tenants()
-    assert tenants.identify(f"Bearer {users.keys['alice']}".encode()) == "alice"
-    assert tenants.identify(f"bearer  {users.keys['bob']} ".encode()) == "bob"
+    admission = users.admission()
+    assert admission.identify(f"Bearer {users.keys['alice']}".encode()) == "alice"
+    assert admission.identify(f"bearer  {users.keys['bob']} ".encode()) == "bob"
     for wrong in (
         None,
         b"",
@@ -95,14 +87,14 @@ def test_only_the_key_identifies(users: Users) -> None:
         b"Bearer \xff\xfe",
     ):
         with pytest.raises(Unauthorized):
-            tenants.identify(wrong)
+            admission.identify(wrong)
 
 
 def test_without_a_file_all_are_one() -> None:
     """An open server asks for no key and ignores what is sent."""
-    tenants = Tenants(None, max_requests=1, max_queue_seconds=1)
-    assert tenants.open
-    assert tenants.identify(None) == tenants.identify(b"Bearer none") == ANONYMOUS
+    admission = AdmissionController(None, max_requests=1, max_queue_seconds=1)
+    assert admission.open
+    assert admission.identify(None) == admission.identify(b"Bearer none") == ANONYMOUS
 
 
 @pytest.mark.parametrize(
@@ -132,27 +124,27 @@ def test_bad_key_files_are_refused(content: str, said: str) -> None:
 def test_changes_of_the_file_are_taken_over(users: Users) -> None:
     """New users come, removed ones go; a bad or missing file leaves the users as they were."""
     users.write(alice={})
-    tenants = users.tenants()
+    admission = users.admission()
     alice = f"Bearer {users.keys['alice']}".encode()
-    assert not tenants.reload(only_if_changed=True)
+    assert not admission.reload(only_if_changed=True)
     users.write(bob={})
-    assert not tenants.reload(only_if_changed=True)  # perhaps still being written
-    assert tenants.reload(only_if_changed=True)
+    assert not admission.reload(only_if_changed=True)  # perhaps still being written
+    assert admission.reload(only_if_changed=True)
     bob = f"Bearer {users.keys['bob']}".encode()
-    assert tenants.identify(bob) == "bob"
+    assert admission.identify(bob) == "bob"
     with pytest.raises(Unauthorized):
-        tenants.identify(alice)
+        admission.identify(alice)
     users.file.write_text("")
-    tenants.reload(only_if_changed=True)
+    admission.reload(only_if_changed=True)
     users.file.write_text("users: [")  # changed again since the last look
-    assert not tenants.reload(only_if_changed=True)
+    assert not admission.reload(only_if_changed=True)
     with pytest.raises(StartupError):
-        tenants.reload(only_if_changed=True)
-    assert not tenants.reload(only_if_changed=True)  # it is said once
+        admission.reload(only_if_changed=True)
+    assert not admission.reload(only_if_changed=True)  # it is said once
     users.file.unlink()
     with pytest.raises(StartupError):
-        tenants.reload()
-    assert tenants.identify(bob) == "bob"
+        admission.reload()
+    assert admission.identify(bob) == "bob"
 
 
 @given(
@@ -178,53 +170,53 @@ def test_waiting_is_enough(limit: int, steps: list[tuple[float, float]]) -> None
 def test_requests_a_minute(users: Users) -> None:
     """The limit's worth is served at once, then one each `60 / limit` seconds, as told."""
     users.write(alice={"requests_per_minute": 6})
-    tenants = users.tenants()
+    admission = users.admission()
     for _ in range(6):
-        tenants.enter("alice").leave(0, 0, 0)
+        admission.enter("alice").leave(0, 0, 0)
     with pytest.raises(RateLimited) as caught:
-        tenants.enter("alice")
+        admission.enter("alice")
     assert caught.value.code == "requests_per_minute"
     assert caught.value.retry_after == pytest.approx(10)
-    headers = dict(tenants.headers("alice"))
+    headers = dict(admission.headers("alice"))
     assert headers[b"x-ratelimit-limit-requests"] == b"6"
     assert headers[b"x-ratelimit-remaining-requests"] == b"0"
     assert headers[b"x-ratelimit-reset-requests"] == b"60.000s"
     users.clock.now += caught.value.retry_after
-    tenants.enter("alice").leave(0, 0, 0)
+    admission.enter("alice").leave(0, 0, 0)
 
 
 def test_tokens_a_minute(users: Users) -> None:
     """A request claims its prompt and budget, gets back what it did not use, and waits truly."""
     users.write(alice={"tokens_per_minute": 600, "requests_per_minute": 100})
-    tenants = users.tenants()
-    first, second = tenants.enter("alice"), tenants.enter("alice")
+    admission = users.admission()
+    first, second = admission.enter("alice"), admission.enter("alice")
     first.reserve(100, 400, 1)
     with pytest.raises(RateLimited) as caught:
         second.reserve(100, 400, 1)
     second.leave(0, 0, 0)
     assert caught.value.code == "tokens_per_minute"
     assert caught.value.retry_after == pytest.approx(40)
-    remaining = dict(tenants.headers("alice"))
+    remaining = dict(admission.headers("alice"))
     assert remaining[b"x-ratelimit-remaining-tokens"] == b"100"
     assert remaining[b"x-ratelimit-remaining-requests"] == b"99"  # the refused one was not made
     first.leave(100, 50, 1)
-    assert dict(tenants.headers("alice"))[b"x-ratelimit-remaining-tokens"] == b"450"
+    assert dict(admission.headers("alice"))[b"x-ratelimit-remaining-tokens"] == b"450"
     users.clock.now += 40
-    again = tenants.enter("alice")
+    again = admission.enter("alice")
     again.reserve(100, 400, 1)
     again.leave(0, 0, 0)  # refused later, or gone before it ran: all is given back
     users.clock.now += 60
-    assert dict(tenants.headers("alice"))[b"x-ratelimit-remaining-tokens"] == b"600"
+    assert dict(admission.headers("alice"))[b"x-ratelimit-remaining-tokens"] == b"600"
 
 
 def test_a_request_beyond_the_limit_is_served_from_a_full_bucket(users: Users) -> None:
     """No limit makes a request impossible: it waits for a full minute's worth."""
     users.write(alice={"tokens_per_minute": 100})
-    tenants = users.tenants()
-    lease = tenants.enter("alice")
-    lease.reserve(500, 500, 1)
-    lease.leave(500, 500, 1)
-    waiting = tenants.enter("alice")
+    admission = users.admission()
+    permit = admission.enter("alice")
+    permit.reserve(500, 500, 1)
+    permit.leave(500, 500, 1)
+    waiting = admission.enter("alice")
     with pytest.raises(RateLimited) as caught:
         waiting.reserve(1, 1, 1)
     assert caught.value.retry_after == pytest.approx((1000 - 100 + 2) * 60 / 100)
@@ -233,35 +225,35 @@ def test_a_request_beyond_the_limit_is_served_from_a_full_bucket(users: Users) -
 def test_concurrent_requests(users: Users) -> None:
     """Each answer in the making counts, also the `n` of one request; ended ones do not."""
     users.write(alice={"concurrent_requests": 3}, bob={})
-    tenants = users.tenants()
-    lease = tenants.enter("alice")
-    lease.reserve(1, 1, 2)
-    tenants.enter("alice")
+    admission = users.admission()
+    permit = admission.enter("alice")
+    permit.reserve(1, 1, 2)
+    admission.enter("alice")
     with pytest.raises(RateLimited) as caught:
-        tenants.enter("alice")
+        admission.enter("alice")
     assert caught.value.code == "concurrent_requests"
     assert caught.value.retry_after is not None
     assert caught.value.retry_after > 0
-    tenants.enter("bob")
-    lease.leave(1, 2, 2)
-    assert tenants.in_flight == 2
-    other = tenants.enter("alice")
+    admission.enter("bob")
+    permit.leave(1, 2, 2)
+    assert admission.in_flight == 2
+    other = admission.enter("alice")
     with pytest.raises(RateLimited):
         other.reserve(1, 1, 3)
     other.leave(0, 0, 0)
-    assert tenants.in_flight == 2
+    assert admission.in_flight == 2
 
 
 def test_one_user_cannot_take_all_places(users: Users) -> None:
     """A flood of one user leaves places for others, in the end for each of many."""
     users.write(**{f"u{i}": {} for i in range(5)})
-    tenants = users.tenants(max_requests=1000)
+    admission = users.admission(max_requests=1000)
     got = []
     for i in range(5):
         number = 0
         while True:
             try:
-                tenants.enter(f"u{i}")
+                admission.enter(f"u{i}")
             except (RateLimited, Unavailable):
                 break
             number += 1
@@ -273,16 +265,16 @@ def test_one_user_cannot_take_all_places(users: Users) -> None:
 
 def test_an_open_server_uses_all_places() -> None:
     """Where all are one user, it may have every place, and not one more."""
-    tenants = Tenants(None, max_requests=10, max_queue_seconds=1e9)
+    admission = AdmissionController(None, max_requests=10, max_queue_seconds=1e9)
     for _ in range(10):
-        tenants.enter(ANONYMOUS)
+        admission.enter(ANONYMOUS)
     with pytest.raises(Unavailable):
-        tenants.enter(ANONYMOUS)
+        admission.enter(ANONYMOUS)
 
 
 def test_departures_spread_those_who_come_back() -> None:
     """Places come free at the pace they lately did; each refused client is given a later one."""
-    departures = Departures()
+    departures = RetryAfterEstimator()
     for tick in range(100):
         departures.note(tick * 0.5, full=True)
     now = 50.0
@@ -297,21 +289,21 @@ def test_departures_spread_those_who_come_back() -> None:
 def test_a_long_queue_is_refused(users: Users) -> None:
     """Who would wait longer than the server allows is refused; another user is not."""
     users.write(alice={}, bob={})
-    tenants = users.tenants(max_queue_seconds=5)
-    tenants.set_batch(2)
-    leases = [tenants.enter("alice") for _ in range(8)]
-    for lease in leases:
-        lease.reserve(10, 10, 1)
-    for lease in leases[:4]:  # one leaves each second
+    admission = users.admission(max_queue_seconds=5)
+    admission.set_batch(2)
+    permits = [admission.enter("alice") for _ in range(8)]
+    for permit in permits:
+        permit.reserve(10, 10, 1)
+    for permit in permits[:4]:  # one leaves each second
         users.clock.now += 1
-        lease.began()
-        lease.leave(10, 10, 1)
+        permit.began()
+        permit.leave(10, 10, 1)
     for _ in range(4):
-        tenants.enter("alice").reserve(10, 10, 1)
+        admission.enter("alice").reserve(10, 10, 1)
     with pytest.raises(RateLimited) as caught:
-        tenants.enter("alice")
+        admission.enter("alice")
     assert caught.value.code == "queue_too_long"
-    tenants.enter("bob").reserve(10, 10, 1)
+    admission.enter("bob").reserve(10, 10, 1)
 
 
 # --- whose turn it is -------------------------------------------------------------------------
@@ -324,15 +316,15 @@ class Job:
     name: str = field(compare=False)
     prompt: int = field(compare=False)
     answer: int = field(compare=False)
-    lease: Lease = field(compare=False)
+    permit: LocalPermit = field(compare=False)
     arrived: int = field(compare=False)
 
 
 class Engine:
     """A batch of `slots` that makes a token each a step, and takes those who wait by priority."""
 
-    def __init__(self, tenants: Tenants, slots: int = 8) -> None:
-        self.tenants = tenants
+    def __init__(self, admission: AdmissionController, slots: int = 8) -> None:
+        self.admission = admission
         self.slots = slots
         self.waiting: list[Job] = []
         self.running: list[list[object]] = []
@@ -342,16 +334,16 @@ class Engine:
         self._number = count()
 
     def offer(self, name: str, prompt: int, answer: int, budget: int = 1024) -> None:
-        lease = self.tenants.enter(name)
-        priority = lease.reserve(prompt, budget, 1)
-        job = Job(priority, next(self._number), name, prompt, answer, lease, self.step_number)
+        permit = self.admission.enter(name)
+        priority = permit.reserve(prompt, budget, 1)
+        job = Job(priority, next(self._number), name, prompt, answer, permit, self.step_number)
         heapq.heappush(self.waiting, job)
 
     def step(self) -> None:
         self.step_number += 1
         while self.waiting and len(self.running) < self.slots:
             job = heapq.heappop(self.waiting)
-            job.lease.began()
+            job.permit.began()
             self.waits.setdefault(job.name, []).append(self.step_number - job.arrived)
             self.served[job.name] = self.served.get(job.name, 0) + PROMPT_COST * job.prompt
             self.running.append([job, job.answer])
@@ -361,7 +353,7 @@ class Engine:
             self.served[job.name] += ANSWER_COST
             if not entry[1]:
                 self.running.remove(entry)
-                job.lease.leave(job.prompt, job.answer, 1)
+                job.permit.leave(job.prompt, job.answer, 1)
 
 
 @pytest.mark.parametrize(("weights", "ratio"), [((1, 1), 1.0), ((3, 1), 3.0), ((1, 2), 0.5)])
@@ -370,8 +362,8 @@ def test_backlogged_users_share_by_weight(
 ) -> None:
     """Two users who always have requests waiting are served tokens in the ratio of weights."""
     users.write(a={"weight": weights[0]}, b={"weight": weights[1]})
-    tenants = users.tenants(max_requests=10_000)
-    engine = Engine(tenants)
+    admission = users.admission(max_requests=10_000)
+    engine = Engine(admission)
     draw = random.Random(1)
     for _ in range(12_000):
         for name, mean in (("a", 40), ("b", 15)):  # one asks for long answers, one for short ones
@@ -384,7 +376,7 @@ def test_backlogged_users_share_by_weight(
 def test_a_light_user_does_not_wait_behind_a_flood(users: Users) -> None:
     """One user floods; another's first token waits for a place to come free, not for the queue."""
     users.write(flood={}, light={})
-    engine = Engine(users.tenants(max_requests=10_000))
+    engine = Engine(users.admission(max_requests=10_000))
     for _ in range(1000):
         engine.offer("flood", 10, 20)
     for step in range(600):
@@ -398,7 +390,7 @@ def test_a_light_user_does_not_wait_behind_a_flood(users: Users) -> None:
 def test_an_idle_user_has_saved_nothing_up(users: Users) -> None:
     """Who comes back after a long pause shares from now on, and does not lock the others out."""
     users.write(busy={}, back={})
-    engine = Engine(users.tenants(max_requests=10_000))
+    engine = Engine(users.admission(max_requests=10_000))
     for _ in range(400):
         engine.offer("busy", 10, 20)
     for _ in range(500):
@@ -415,14 +407,14 @@ def test_an_idle_user_has_saved_nothing_up(users: Users) -> None:
 def test_one_users_requests_keep_their_order(users: Users) -> None:
     """However wrong the guess of an answer's length was, nobody is overtaken by itself."""
     users.write(a={}, b={})
-    tenants = users.tenants(max_requests=10_000)
+    admission = users.admission(max_requests=10_000)
     draw = random.Random(2)
     stamps: list[int] = []
-    running: list[Lease] = []
+    running: list[LocalPermit] = []
     for _ in range(500):
-        lease = tenants.enter("a")
-        stamps.append(lease.reserve(draw.randint(1, 100), draw.randint(1, 1000), 1))
-        running.append(lease)
+        permit = admission.enter("a")
+        stamps.append(permit.reserve(draw.randint(1, 100), draw.randint(1, 1000), 1))
+        running.append(permit)
         if draw.random() < 0.5:
             ended = running.pop(0)
             ended.began()
@@ -431,38 +423,41 @@ def test_one_users_requests_keep_their_order(users: Users) -> None:
 
 
 def test_priorities_are_whole_numbers_whatever_happens(users: Users) -> None:
-    """Leases may end in any order and at any stage; places and stamps all come back."""
+    """Permits may end in any order and at any stage; places and stamps all come back."""
     users.write(a={"weight": 0.01}, b={"weight": 100})
-    tenants = users.tenants(max_requests=10_000)
+    admission = users.admission(max_requests=10_000)
     draw = random.Random(3)
-    open_leases: list[Lease] = []
+    open_permits: list[LocalPermit] = []
     for _ in range(2000):
-        lease = tenants.enter(draw.choice("ab"))
+        permit = admission.enter(draw.choice("ab"))
         if draw.random() < 0.9:
-            assert isinstance(lease.reserve(draw.randint(1, 99), 1024, draw.randint(1, 4)), int)
-        open_leases.append(lease)
-        while len(open_leases) > 50:
-            ended = open_leases.pop(draw.randrange(len(open_leases)))
-            if ended._stamp is not None and draw.random() < 0.7:
+            assert isinstance(permit.reserve(draw.randint(1, 99), 1024, draw.randint(1, 4)), int)
+        open_permits.append(permit)
+        while len(open_permits) > 50:
+            ended = open_permits.pop(draw.randrange(len(open_permits)))
+            if ended._turn is not None and draw.random() < 0.7:
                 ended.began()
                 ended.leave(9, 99, 1)
             else:
                 ended.leave(0, 0, 0)
-    for lease in open_leases:
-        lease.leave(0, 0, 0)
-    assert tenants.in_flight == 0
-    assert not any(account.waiting for account in tenants._accounts.values())
-    assert all(account.in_flight == 0 for account in tenants._accounts.values())
+    for permit in open_permits:
+        permit.leave(0, 0, 0)
+    assert admission.in_flight == 0
+    assert not any(account.share.waiting for account in admission._accounts.values())
+    assert all(account.in_flight == 0 for account in admission._accounts.values())
 
 
 def test_cache_salts(users: Users) -> None:
     """One for each user or group, by the secret; a user named as a group is another one."""
     users.write(alice={}, bob={"cache_group": "team"}, carol={"cache_group": "team"}, team={})
-    tenants = users.tenants(cache_secret=b"a")
-    salts = {name: tenants.cache_salt(name, None) for name in ("alice", "bob", "carol", "team")}
+    admission = users.admission(cache_secret=b"a")
+    salts = {name: admission.cache_salt(name, None) for name in ("alice", "bob", "carol", "team")}
     assert salts["bob"] == salts["carol"]
     assert len(set(salts.values())) == 3
-    assert tenants.cache_salt("alice", "x") not in (salts["alice"], tenants.cache_salt("bob", "x"))
-    assert tenants.enter("alice").cache_salt(None) == salts["alice"]
-    assert users.tenants(cache_secret=b"b").cache_salt("alice", None) != salts["alice"]
-    assert users.tenants().cache_salt("alice", None) is None
+    assert admission.cache_salt("alice", "x") not in (
+        salts["alice"],
+        admission.cache_salt("bob", "x"),
+    )
+    assert admission.enter("alice").cache_salt(None) == salts["alice"]
+    assert users.admission(cache_secret=b"b").cache_salt("alice", None) != salts["alice"]
+    assert users.admission().cache_salt("alice", None) is None

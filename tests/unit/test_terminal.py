@@ -17,7 +17,7 @@ import pytest
 from serving import Running, free_port, running, wait_until
 
 from synthia_vllm.cli.main import main
-from synthia_vllm.engine.base import Traits
+from synthia_vllm.engine.base import ModelInfo
 from synthia_vllm.engine.fake import FIRST_BYTE, FakeEngine
 from synthia_vllm.errors import EngineFault
 from synthia_vllm.template.prompt import TREE_OF_THOUGHT
@@ -340,7 +340,7 @@ def test_server_is_starting(piped: Callable[..., Any]) -> None:
 
 def test_too_long(piped: Callable[..., Any], tmp_path: Path) -> None:
     """What does not fit is forgotten, /reset is named, and helps."""
-    engine = FakeEngine(traits=Traits(max_model_len=70, vocab_size=32000, longest_token=1))
+    engine = FakeEngine(model_info=ModelInfo(max_model_len=70, vocab_size=32000, longest_token=1))
     with running(engine) as server:
         done = piped(server.url, f"Hi\n{'x' * 40}\nHo\n/reset\n{'x' * 40}\n")
     assert (done.stdout, done.returncode) == ("Hello.\n" * 3, 1)
@@ -352,7 +352,7 @@ def test_too_long(piped: Callable[..., Any], tmp_path: Path) -> None:
 
 def test_dropped_messages(piped: Callable[..., Any]) -> None:
     """The user learns, once for each answer, that the server left out what did not fit."""
-    engine = FakeEngine(traits=Traits(max_model_len=60, vocab_size=32000, longest_token=1))
+    engine = FakeEngine(model_info=ModelInfo(max_model_len=60, vocab_size=32000, longest_token=1))
     with running(engine, overflow="drop-oldest", answer_reserve=10) as server:
         done = piped(server.url, "Hi\nHow are you?\nWell?\n")
     assert done.stdout == "Hello.\n" * 3

@@ -1,7 +1,7 @@
-"""Requests about raw text and tokens, and their responses: no roles, no template.
+"""OpenAI's (legacy) completions as this server speaks them: no roles, no template.
 
-Source: OpenAI's API reference for (legacy) completions, the forms that the LM Evaluation Harness
-reads of them, and vLLM's ``/tokenize`` and ``/detokenize``.
+Source: OpenAI's API reference for completions, and the forms that the LM Evaluation Harness reads
+of them.
 """
 
 from __future__ import annotations
@@ -11,16 +11,14 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from synthia_vllm.generate.protocol import (
-    ELSEWHERE,
     MAX_TOP_LOGPROBS,
-    Elsewhere,
+    UNSUPPORTED,
     GenerationRequest,
     Int,
-    Shape,
     TokenId,
+    Unsupported,
     Usage,
     absent,
-    parse,
 )
 
 MAX_PROMPTS: Final = 128
@@ -28,7 +26,19 @@ MAX_PROMPTS: Final = 128
 DEFAULT_MAX_TOKENS: Final = 16
 """OpenAI's, and not the card's 1024: clients that know this route know that."""
 
-TokenIds = Annotated[list[TokenId], Field(min_length=1)]
+_RAW: Final = "the prompt is raw here; /v1/chat/completions renders messages"
+_UNSUPPORTED: Final[Unsupported] = {
+    **UNSUPPORTED,
+    "suffix": ("Synthia writes on from a prompt, and cannot fill a gap before a suffix", ("",)),
+    "best_of": ("ask for `n` answers with `logprobs` and choose yourself", (1,)),
+    "messages": (_RAW, ()),
+    "max_completion_tokens": ("it is called `max_tokens` here", ()),
+    "top_logprobs": ("`logprobs` is the number here", ()),
+    "add_special_tokens": ("send token ids for a prompt without <s>", (True,)),
+    "prompt_embeds": ("this server takes texts and token ids", ()),
+}
+
+Prompt = Annotated[list[TokenId], Field(min_length=1)]
 
 
 def _kind_of_prompt(value: Any) -> str | None:
@@ -43,12 +53,14 @@ def _kind_of_prompt(value: Any) -> str | None:
 class CompletionRequest(GenerationRequest):
     """The body of ``POST /v1/completions``: the prompt is what the model sees, to the byte."""
 
+    unsupported = _UNSUPPORTED
+
     prompt: Annotated[
         Annotated[str, Tag("text")]
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag("texts")]
-        | Annotated[TokenIds, Tag("token ids")]
+        | Annotated[Prompt, Tag("token ids")]
         | Annotated[
-            list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("lists of token ids")
+            list[Prompt], Field(min_length=1, max_length=MAX_PROMPTS), Tag("lists of token ids")
         ],
         Discriminator(_kind_of_prompt),
     ]
@@ -68,24 +80,6 @@ class CompletionRequest(GenerationRequest):
         return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
 
-_RAW: Final = "the prompt is raw here; /v1/chat/completions renders messages"
-_COMPLETION_ELSEWHERE: Final[Elsewhere] = {
-    **ELSEWHERE,
-    "suffix": ("Synthia writes on from a prompt, and cannot fill a gap before a suffix", ("",)),
-    "best_of": ("ask for `n` answers with `logprobs` and choose yourself", (1,)),
-    "messages": (_RAW, ()),
-    "max_completion_tokens": ("it is called `max_tokens` here", ()),
-    "top_logprobs": ("`logprobs` is the number here", ()),
-    "add_special_tokens": ("send token ids for a prompt without <s>", (True,)),
-    "prompt_embeds": ("this server takes texts and token ids", ()),
-}
-
-
-def parse_completion_request(body: bytes, *, refuse_unknown: bool = False) -> CompletionRequest:
-    """The request in `body`. Raises `InvalidRequest`, naming the field."""
-    return parse(CompletionRequest, body, _COMPLETION_ELSEWHERE, refuse_unknown=refuse_unknown)
-
-
 class CompletionLogprobs(BaseModel):
     """Of each token: its text, its log-probability, the likeliest ones there, where it begins.
 
@@ -99,7 +93,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class PromptLogprob(BaseModel):
-    """vLLM's, of one token at one place of a prompt."""
+    """vLLM's, of one token at one position of a prompt."""
 
     logprob: float
     rank: int | None
@@ -128,75 +122,3 @@ class Completion(BaseModel):
     model: str
     choices: list[CompletionChoice]
     usage: Usage
-
-
-class TokenizeRequest(Shape):
-    """The body of ``POST /tokenize``."""
-
-    prompt: str
-    model: str | None = Field(None, max_length=256)
-    add_special_tokens: bool | None = None
-    """Whether <s> comes in front, as in a prompt (default true)."""
-    return_token_strs: bool | None = None
-
-
-class Tokens(BaseModel):
-    """A text as the model reads it."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
-class DetokenizeRequest(Shape):
-    """The body of ``POST /detokenize``."""
-
-    tokens: list[TokenId]
-    model: str | None = Field(None, max_length=256)
-
-
-class Text(BaseModel):
-    """What tokens mean."""
-
-    prompt: str
-
-
-class TokenizerInfo(BaseModel):
-    """What evaluation tools want to know of the tokenizer."""
-
-    bos_token: str
-    eos_token: str
-    pad_token: str | None
-    model_max_length: int
-
-
-class RenderedPrompt(BaseModel):
-    """What the model would be sent for a chat request, and how."""
-
-    prompt: str
-    """The text, after the one <s> that the tokenizer puts in front."""
-    prompt_token_ids: list[int]
-    count: int
-    max_model_len: int
-    max_tokens: int
-    """The longest answer that there is room for."""
-    stop: list[str]
-    sampling: dict[str, float | int | None]
-    escaped_markers: int
-    dropped_messages: int
-
-
-_TOKENIZE_ELSEWHERE: Final[Elsewhere] = {
-    "messages": ("/v1/chat/completions/render has the prompt of messages, and its tokens", ()),
-}
-
-
-def parse_tokenize_request(body: bytes, *, refuse_unknown: bool = False) -> TokenizeRequest:
-    """The request in `body`. Raises `InvalidRequest`, naming the field."""
-    return parse(TokenizeRequest, body, _TOKENIZE_ELSEWHERE, refuse_unknown=refuse_unknown)
-
-
-def parse_detokenize_request(body: bytes, *, refuse_unknown: bool = False) -> DetokenizeRequest:
-    """The request in `body`. Raises `InvalidRequest`, naming the field."""
-    return parse(DetokenizeRequest, body, {}, refuse_unknown=refuse_unknown)

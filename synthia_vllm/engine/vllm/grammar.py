@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 from synthia_vllm.engine.grammar import LIMITS
-from synthia_vllm.engine.vllm import watchdog as leash
+from synthia_vllm.engine.vllm import watchdog
 
 # Grammars kept compiled, a few megabytes each at most: the same few schemas come again and again,
 # and each of the `n` choices of a request wants its own copy.
@@ -31,7 +31,7 @@ _MASK_SECONDS_A_TOKEN: Final = 0.0005
 
 def bound() -> None:
     """Bound what grammars may take here; does nothing in any other use of vLLM."""
-    if leash.SERVER not in os.environ:
+    if watchdog.SERVER not in os.environ:
         return
     import xgrammar  # noqa: F401  # applies the masks; vLLM would import it, for seconds, in a step
     from llguidance import LLMatcher, LLParserLimits

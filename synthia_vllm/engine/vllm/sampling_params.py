@@ -1,0 +1,60 @@
+"""How a request is sampled, in vLLM's words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from synthia_vllm.engine.base import EngineRequest, Sampling
+
+
+def sampling_params(request: EngineRequest) -> Any:
+    """`SamplingParams` for `request`."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import (
+        RepetitionDetectionParams,
+        RequestOutputKind,
+        StructuredOutputsParams,
+    )
+
+    asked: Sampling = request.sampling
+    structured = None
+    if asked.grammar is not None:
+        structured = StructuredOutputsParams(**{asked.grammar.kind: asked.grammar.text})
+        structured._backend = "guidance"  # vLLM internal: its check would set it
+    repetition = None
+    if asked.repetition is not None:
+        repetition = RepetitionDetectionParams(*asked.repetition)
+    return SamplingParams(
+        n=asked.n,
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=asked.top_k,
+        min_p=asked.min_p,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        seed=asked.seed,
+        stop=list(asked.stop),
+        # For chat the answer rule decides what of a stop string is sent; with it in the text vLLM
+        # holds nothing back: a token is delivered when it is made, not four characters later.
+        include_stop_str_in_output=asked.stop_in_text,
+        max_tokens=asked.max_tokens,
+        min_tokens=asked.min_tokens,
+        ignore_eos=asked.ignore_eos,
+        stop_token_ids=list(asked.stop_token_ids),
+        bad_words=list(asked.bad_words),
+        allowed_token_ids=None
+        if asked.allowed_token_ids is None
+        else list(asked.allowed_token_ids),
+        skip_special_tokens=asked.skip_special_tokens,
+        spaces_between_special_tokens=asked.spaces_between_special_tokens,
+        repetition_detection=repetition,
+        stream_interval=asked.stream_interval,
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.prompt_logprobs if request.on_prompt is not None else None,
+        logit_bias=dict(asked.logit_bias) if asked.logit_bias else None,
+        structured_outputs=structured,
+        output_kind=RequestOutputKind.DELTA if request.deltas else RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # made for this request alone
+    )

@@ -1,0 +1,109 @@
+"""The model's tokenizer: texts to token ids, and token ids to bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+from synthia_vllm.engine.vllm.detokenizer import table
+from synthia_vllm.errors import StartupError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Characters that are tokenised in so short a time (0.1 ms, of Japanese 0.45) that a thread would
+# cost more.
+_SHORT_TEXT: Final = 1000
+
+
+class Tokenizer:
+    """vLLM's `tokenizer`, with threads of its own: tokenising is CPU work.
+
+    Raises `StartupError` if it is not Synthia's.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._encoders = _encoders(tokenizer)
+        self._special = frozenset(tokenizer.all_special_ids)
+        self._token = tokenizer.convert_ids_to_tokens
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+        backend = tokenizer.backend_tokenizer
+        self.texts = table(
+            json.loads(backend.decoder.__getstate__()),
+            backend.get_vocab(),
+            backend.get_added_tokens_decoder(),
+        )
+        """The text of each token that means the same wherever it stands, by id."""
+        self.special_tokens = {
+            token_id: str(self._token(token_id)) for token_id in tokenizer.all_special_ids
+        }
+        self.longest_token = max(map(len, tokenizer.get_vocab()))
+        """Characters."""
+        self.vocab_size = len(tokenizer)
+        self.bos: str = tokenizer.bos_token
+        self.eos: str = tokenizer.eos_token
+        self.eos_id: int = tokenizer.eos_token_id
+
+    async def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+        """As `Engine.tokenize`."""
+        # Of the tokenizer's calls only those for a batch let go of the GIL.
+        encode = self._encoders[special_tokens].encode_batch_fast
+        if len(text) <= _SHORT_TEXT:
+            [encoding] = encode([text])
+        else:
+            loop = asyncio.get_running_loop()
+            [encoding] = await loop.run_in_executor(self._threads, encode, [text])
+        return list(encoding.ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """As `Engine.token_bytes`."""
+        if token_id in self._special:
+            return b""
+        piece: str = self._token(token_id)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        """As `Engine.detokenize`."""
+        loop = asyncio.get_running_loop()
+        decode = self._encoders[True].decode
+        text: str = await loop.run_in_executor(
+            self._threads, partial(decode, list(token_ids), skip_special_tokens=False)
+        )
+        return text
+
+    def serialized(self) -> str:
+        """All of it, for another process."""
+        text: str = self._encoders[True].to_str()
+        return text
+
+    def close(self) -> None:
+        """Let the threads end."""
+        self._threads.shutdown(wait=False)
+
+
+def _encoders(tokenizer: Any) -> dict[bool, Any]:
+    """The model's tokenizer twice, by whether special tokens in the text are recognised.
+
+    Copies of our own: the switch is state of the tokenizer, and vLLM uses the original.
+    """
+    from tokenizers import Tokenizer
+
+    encoders = {}
+    for recognised in (False, True):
+        encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        encoder.encode_special_tokens = not recognised
+        encoder.no_truncation()
+        encoder.no_padding()
+        encoders[recognised] = encoder
+    ids = encoders[True].encode("USER: Hello.\nASSISTANT:").ids
+    if ids != tokenizer.encode("USER: Hello.\nASSISTANT:") or ids[0] != tokenizer.bos_token_id:
+        raise StartupError(
+            "The model's tokenizer does not put the beginning-of-text token in front, so this is "
+            "not a Synthia model (or its tokenizer files are from another one)."
+        )
+    return encoders
