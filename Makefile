@@ -7,6 +7,8 @@
 #   make check                     lint and type-check
 #   make check-config              check config/: needs kubectl, prometheus and promtool
 #   make check-image               build the Dockerfile's CPU image and try it: as root, on Debian
+#   make check-vllm VERSION=0.33.0 tell what of another vLLM would have to be looked at
+#   make lock                      write requirements/*.txt anew (ARGS=--upgrade: all of the newest)
 #   make config                    write what in config/ is made from other files
 #   make bench                     a few minutes of load on the demo model, measured
 #   make bench ARGS="--url ..."    ... or on another server: flags for benchmarks/load.py
@@ -16,7 +18,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-unit check check-config check-image config format bench clean
+.PHONY: help serve test test-unit check check-config check-image check-vllm lock config format bench clean
 
 BIN := .venv/bin
 ENGINE ?= $(shell for d in /dev/nvidiactl /dev/nvidia0 /dev/dxg; do [ -e $$d ] && echo gpu && exit; done; echo cpu)
@@ -27,9 +29,15 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null \
 	&& echo $$p && exit; done)
 
-# One line for each package that is fetched; pip's own output is hundreds of lines.
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-FETCHED := sed -unE 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^ ]+) \((.*)\).*/    \3 \4/p'
+# Installs what a lock file says and nothing else. One line for each package that is fetched, for
+# pip's own output is hundreds of lines; all of it, if it fails.
+define install
+	@log=$$(mktemp); trap 'rm -f $$log' EXIT; \
+	$(1) -m pip --disable-pip-version-check install --no-deps $(2) 2>&1 | tee $$log \
+		| sed -unE 's/^ *(Downloading|Using cached) ([^ ]*\/)?([^ ]+) \((.*)\).*/    \3 \4/p' \
+		|| { grep -vE '^(WARNING: Location|Looking in|Ignoring|Requirement already)' $$log >&2; \
+			echo "[setup] the installation failed; pip's own account is above." >&2; exit 1; }
+endef
 
 help:
 	@sed -n '/^#/!q;s/^# \{0,1\}//p' Makefile
@@ -58,6 +66,17 @@ check-config: .venv/.dev
 check-image: .venv/.dev
 	@$(BIN)/python tests/image.py $(ARGS)
 
+check-vllm: .venv/.dev
+	@$(BIN)/python tools/check_vllm.py $(VERSION)
+
+# uv has an environment of its own: it is nothing that the server or the tests need.
+lock: build/uv/bin/uv
+	@tools/lock.sh build/uv/bin/uv $(ARGS)
+
+build/uv/bin/uv:
+	@$(PYTHON) -m venv --clear build/uv
+	@build/uv/bin/python -m pip --disable-pip-version-check install -q 'uv==0.13.9'
+
 config: .venv/.python
 	@$(BIN)/python config/kubernetes/generate.py
 
@@ -83,46 +102,45 @@ clean:
 	@$(PYTHON) -m venv --clear .venv
 	@touch $@
 
-# torchvision, torchaudio and torchcodec come as dependencies of vLLM; text needs none of them, and
-# beside a CPU build of torch their wheels break the import of transformers.
-.venv/.engine-cpu: .venv/.python pyproject.toml
+# PyTorch's build for the CPU is on an index of its own; where pip already knows of one, that is taken.
+.venv/.engine-cpu: .venv/.python pyproject.toml requirements/cpu.txt
 	@echo "[setup] installing PyTorch for the CPU (0.2 GB)"
-	@# That build is on PyTorch's own index; where pip already knows of one, that one is taken.
-	@$(PIP) install -q 'torch==2.13.0+cpu' 2>/dev/null \
-		|| $(PIP) install --extra-index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu' | $(FETCHED)
+	@$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps 'torch==2.13.0+cpu' 2>/dev/null \
+		|| $(BIN)/python -m pip --disable-pip-version-check install -q --no-deps \
+			--index-url https://download.pytorch.org/whl/cpu 'torch==2.13.0+cpu'
 	@echo "[setup] installing vLLM for the CPU and what it needs (0.5 GB, a few minutes)"
-	@$(PIP) install -e '.[cpu]' | $(FETCHED)
-	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	$(call install,$(BIN)/python,--require-hashes -r requirements/cpu.txt)
+	$(call install,$(BIN)/python,--no-build-isolation -e .)
 	@touch $@
 
-.venv/.engine-gpu: .venv/.python pyproject.toml
+.venv/.engine-gpu: .venv/.python pyproject.toml requirements/gpu.txt
 	@echo "[setup] installing vLLM for NVIDIA GPUs and what it needs (several GB)"
-	@$(PIP) install -e '.[gpu]' | $(FETCHED)
+	$(call install,$(BIN)/python,--require-hashes -r requirements/gpu.txt)
+	$(call install,$(BIN)/python,--no-build-isolation -e .)
 	@touch $@
 
-.venv/.dev: .venv/.engine-$(ENGINE)
+.venv/.dev: .venv/.engine-$(ENGINE) requirements/dev.txt
 	@echo "[setup] installing the tools for tests and checks"
-	@$(PIP) install -e '.[dev]' | $(FETCHED)
+	$(call install,$(BIN)/python,--require-hashes -r requirements/dev.txt)
 	@touch $@
 
 # The official JSON Schema Test Suite, as the source package of `jsonschema` ships it.
 .venv/.json-schema-suite: .venv/.dev
 	@echo "[setup] fetching the JSON Schema Test Suite"
 	@rm -rf .venv/json-schema-suite && mkdir .venv/json-schema-suite
-	@$(PIP) download -q --no-deps --no-binary jsonschema -d .venv/json-schema-suite 'jsonschema==4.26.0'
+	@$(BIN)/python -m pip --disable-pip-version-check download -q --no-deps --no-binary jsonschema -d .venv/json-schema-suite 'jsonschema==4.26.0'
 	@tar -xzf .venv/json-schema-suite/jsonschema-4.26.0.tar.gz -C .venv/json-schema-suite \
 		--strip-components=2 --wildcards '*/json/tests'
 	@touch $@
 
 # Clients that the tests try. Some want older versions of what vLLM needs, so they have an
 # environment of their own, which finds the large packages in the first one.
-.venv-clients/.clients: .venv/.dev tests/clients/requirements.txt
+.venv-clients/.clients: .venv/.dev requirements/clients.txt
 	@echo "[setup] installing clients of the API for the tests"
 	@$(BIN)/python -m venv --clear .venv-clients
 	@.venv-clients/bin/python -c 'import pathlib, sysconfig; here = pathlib.Path(sysconfig.get_path("purelib")); \
 		(here / "engine.pth").write_text(str(here).replace(".venv-clients", ".venv"))'
-	@.venv-clients/bin/python -m pip --disable-pip-version-check install --only-binary :all: \
-		-r tests/clients/requirements.txt | $(FETCHED)
+	$(call install,.venv-clients/bin/python,--only-binary :all: --require-hashes -r requirements/clients.txt)
 	@touch $@
 
 .venv-clients/.node: .venv-clients/.clients tests/clients/node/package-lock.json
@@ -131,7 +149,12 @@ clean:
 	@npm ci --prefix tests/clients/node --ignore-scripts --no-audit --no-fund --loglevel error
 	@touch $@
 
-.venv/.bench: .venv/.engine-$(ENGINE)
+.venv/.eval: .venv/.engine-$(ENGINE) requirements/eval.txt
+	@echo "[setup] installing the LM Evaluation Harness"
+	$(call install,$(BIN)/python,--require-hashes -r requirements/eval.txt)
+	@touch $@
+
+.venv/.bench: .venv/.engine-$(ENGINE) requirements/bench.txt
 	@echo "[setup] installing what the load scripts need"
-	@$(PIP) install -e '.[bench]' | $(FETCHED)
+	$(call install,$(BIN)/python,--require-hashes -r requirements/bench.txt)
 	@touch $@
