@@ -55,6 +55,7 @@ check: .venv/.dev
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+	@$(BIN)/python tools/check_tree.py
 
 check-config: .venv/.dev
 	@for tool in kubectl prometheus promtool; do command -v $$tool >/dev/null || { echo \

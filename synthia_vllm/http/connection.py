@@ -2,6 +2,39 @@
 
 Uvicorn bounds only the idle time between two requests. This protocol bounds the rest, with
 timers that are set once per request: a token that is streamed costs nothing here.
+
+uvicorn internal: `uvicorn.protocols.http.httptools_impl.STATUS_LINE`; what is overridden,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.connection_made`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.connection_lost`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.eof_received`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.data_received`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.on_message_begin`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.on_headers_complete`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.on_body`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.on_message_complete`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.pause_writing`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.resume_writing`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.send_400_response` and
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.timeout_keep_alive_handler`; what is used,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol._unset_keepalive_if_required`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.timeout_keep_alive_task`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.connections`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.parser`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.cycle`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.scope`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.headers`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.url`,
+`uvicorn.protocols.http.httptools_impl.HttpToolsProtocol.server_state`,
+`uvicorn.protocols.http.flow_control.FlowControl.write_paused`,
+`uvicorn.protocols.http.flow_control.FlowControl.resume_reading`,
+`uvicorn.protocols.http.httptools_impl.RequestResponseCycle.keep_alive`,
+`uvicorn.protocols.http.httptools_impl.RequestResponseCycle.chunked_encoding`,
+`uvicorn.protocols.http.httptools_impl.RequestResponseCycle.expected_content_length`,
+`uvicorn.protocols.http.httptools_impl.RequestResponseCycle.disconnected`,
+`uvicorn.protocols.http.httptools_impl.RequestResponseCycle.response_started`,
+`uvicorn.protocols.http.httptools_impl.RequestResponseCycle.response_complete`,
+`uvicorn.protocols.http.httptools_impl.RequestResponseCycle.waiting_for_100_continue` and
+`uvicorn.protocols.http.httptools_impl.RequestResponseCycle.message_event`.
 """
 
 from __future__ import annotations

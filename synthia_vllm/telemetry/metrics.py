@@ -36,6 +36,9 @@ class BulkHistogram(Histogram):
     """A histogram that takes many values at once, as streaming has them.
 
     prometheus_client takes them one by one, going through the buckets for each under two locks.
+
+    prometheus_client internal: `prometheus_client.metrics.Histogram._upper_bounds`,
+    `prometheus_client.metrics.Histogram._buckets`, `prometheus_client.metrics.Histogram._sum`.
     """
 
     def observe_all(self, amounts: Sequence[float]) -> None:

@@ -131,12 +131,14 @@ class VllmEngine:
             )
         self._inspect()
         # vLLM asks the environment for its switches with every token, unless told to remember.
-        envs.enable_envs_cache()  # vLLM internal
+        # vLLM internal: `vllm.envs.enable_envs_cache`.
+        envs.enable_envs_cache()
 
     def _grammar_checker(self) -> GrammarChecker:
         """What checks grammars in place of vLLM, which would do so in this process.
 
-        vLLM internal: `InputProcessor.structured_outputs_config`, by which it checks.
+        vLLM internal: `vllm.v1.engine.input_processor.InputProcessor.structured_outputs_config`,
+        by which it checks.
         """
         llm, tokenizer = self._llm, self._tokenizer
         llm.input_processor.structured_outputs_config = None
@@ -153,7 +155,8 @@ class VllmEngine:
         self._takes_priority = scheduler.policy == "priority"
         if llm.output_processor.tracing_enabled:
             trace_phases(llm.output_processor)
-        # Asked for with each request, and found anew by transformers, in 20 µs. vLLM internal.
+        # Asked for with each request, and found anew by transformers, in 20 µs.
+        # vLLM internal: `vllm.renderers.base.BaseRenderer.get_eos_token_id`.
         end_of_text = llm.renderer.get_eos_token_id()
         llm.renderer.get_eos_token_id = lambda: end_of_text
         tokenizer = self._tokenizer = Tokenizer(llm.get_tokenizer())
@@ -202,7 +205,8 @@ class VllmEngine:
             except Exception as error:
                 run.over = True
                 raise translate_error(error) from error
-            ids = list(llm.output_processor.external_req_ids.get(request_id, ()))  # vLLM internal
+            # vLLM internal: `vllm.v1.engine.output_processor.OutputProcessor.external_req_ids`.
+            ids = list(llm.output_processor.external_req_ids.get(request_id, ()))
             self._on_runs(ids)
             run.intercept(llm, request_id, collector, self._tokenizer.texts, request.sampling)
             try:
@@ -221,7 +225,9 @@ class VllmEngine:
     async def abort(self, ids: Sequence[str]) -> None:
         """Free requests by vLLM's ids that another client of the engine has left behind.
 
-        vLLM internal: `AsyncMPClient._send_input`; its own `abort` knows only its own requests.
+        vLLM internal: `vllm.v1.engine.core_client.AsyncMPClient._send_input`, and its
+        `vllm.v1.engine.core_client.MPClient.core_engines`; its own `abort` knows only its own
+        requests.
         """
         from vllm.v1.engine import EngineCoreRequestType
 
@@ -234,7 +240,9 @@ class VllmEngine:
     def _engine_ended(self) -> None:
         """Do what vLLM does when it sees the end of an engine core that is its child.
 
-        vLLM internal: `AsyncMPClient.resources` and `shutdown`.
+        vLLM internal: `vllm.v1.engine.core_client.MPClient.resources`,
+        `vllm.v1.engine.core_client.BackgroundResources.engine_dead`,
+        `vllm.v1.engine.core_client.MPClient.shutdown`.
         """
         self._unwatch()
         if self._llm is not None:

@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 
 def translate_error(error: Exception) -> ApiError:
     """The error of our tree that `error` of vLLM means."""
-    from vllm.exceptions import GracefulHTTPError, VLLMClientError  # vLLM internal
-    from vllm.v1.engine.exceptions import EngineDeadError  # vLLM internal
+    # vLLM internal: `vllm.exceptions.GracefulHTTPError`, `vllm.exceptions.VLLMClientError`,
+    # `vllm.v1.engine.exceptions.EngineDeadError`.
+    from vllm.exceptions import GracefulHTTPError, VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
 
     if isinstance(error, ApiError):
         return error

@@ -4,7 +4,13 @@ vLLM makes its backend with the first structured request and gives llguidance it
 by which the mask for one token of one answer may take 80 ms, in which nobody else gets a token. And
 where a limit is met it takes the answer for complete.
 
-vLLM internal: `StructuredOutputManager` and the backend it makes for ``guidance``; each has a test.
+vLLM internal: `vllm.v1.structured_output.StructuredOutputManager.backend`, where the engine core
+finds it, `vllm.v1.engine.core.StructuredOutputManager`; and of the backend
+`vllm.v1.structured_output.backend_guidance.GuidanceBackend.compile_grammar`,
+`vllm.v1.structured_output.backend_guidance.GuidanceGrammar.accept_tokens`,
+`vllm.v1.structured_output.backend_guidance.GuidanceGrammar.fill_bitmask`,
+`vllm.v1.structured_output.backend_guidance.GuidanceGrammar.check_error` and
+`vllm.v1.structured_output.backend_guidance.GuidanceGrammar.ll_matcher`.
 """
 
 from __future__ import annotations

@@ -63,8 +63,11 @@ class EngineClientConfig:
 class EngineCores:
     """vLLM's engine processes by themselves, for a number of clients in other processes.
 
-    vLLM internal: the functions with which `vllm serve` starts several API processes. All of
-    this blocks; `launch` and `wait` are for one thread, which lives as long as the process.
+    vLLM internal: the functions with which `vllm serve` starts several API processes,
+    `vllm.v1.engine.utils.launch_core_engines` and
+    `vllm.v1.engine.utils.bind_engine_zmq_listeners`.
+
+    All of this blocks; `launch` and `wait` are for one thread, which lives as long as the process.
     """
 
     def __init__(self, model: str, options: Mapping[str, Any], name: str | None = None) -> None:
@@ -231,8 +234,10 @@ def arrange_processes() -> None:
     """Have a say in how vLLM starts its processes.
 
     Its engine core is forked from the fork server, on a CPU. The coordinator of several engine
-    cores loads no plugins, so it is given its watchdog here. vLLM internal: `get_mp_context` of the
-    modules that start them.
+    cores loads no plugins, so it is given its watchdog here.
+
+    vLLM internal: `vllm.v1.engine.coordinator.get_mp_context`,
+    `vllm.v1.engine.utils.get_mp_context`.
     """
     from vllm.v1.engine import coordinator, utils
 
@@ -244,7 +249,7 @@ def arrange_processes() -> None:
 def _fork_worker() -> None:
     """In the engine core: let vLLM fork the worker from it.
 
-    vLLM internal: `get_mp_context` of the module that starts it.
+    vLLM internal: `vllm.v1.executor.multiproc_executor.get_mp_context`.
     """
     from vllm.v1.executor import multiproc_executor
 

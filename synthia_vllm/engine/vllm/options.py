@@ -82,7 +82,9 @@ def engine_args(model: str, options: Mapping[str, Any], name: str | None = None)
     """
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser  # vLLM internal
+
+    # vLLM internal: `vllm.utils.argparse_utils.FlexibleArgumentParser`.
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     known = {field.name for field in fields(AsyncEngineArgs)}
     for option in options:
@@ -119,7 +121,11 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def shared_config(args: Any, clients: int, number: int) -> Any:
-    """vLLM's configuration for one of several clients, or, with number -1, for their engine."""
+    """vLLM's configuration for one of several clients, or, with number -1, for their engine.
+
+    vLLM internal: `vllm.engine.arg_utils.EngineArgs._api_process_count`,
+    `vllm.engine.arg_utils.EngineArgs._api_process_rank`.
+    """
     args._api_process_count = clients
     args._api_process_rank = number
     return args.create_engine_config()

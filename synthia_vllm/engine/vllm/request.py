@@ -41,9 +41,11 @@ class RunningRequest:
     ) -> None:
         """Stand in for `collector`, in which vLLM's output handler puts what it has.
 
-        vLLM internal: `RequestOutputCollector.put`; for a request of one choice, its detokenizer;
-        and for a stream without log-probabilities, which most are,
-        `RequestState.make_request_output`.
+        vLLM internal: `vllm.v1.engine.output_processor.RequestOutputCollector.put`,
+        `vllm.v1.engine.output_processor.OutputProcessor.request_states`; for a request of one
+        choice, `vllm.v1.engine.output_processor.RequestState.detokenizer`; and for a stream without
+        log-probabilities, which most are,
+        `vllm.v1.engine.output_processor.RequestState.make_request_output`.
         """
         from vllm.sampling_params import RequestOutputKind
 
@@ -115,8 +117,10 @@ class RunningRequest:
     def stop(self) -> None:
         """End before the end: tell of the tokens that ran.
 
-        vLLM internal: the states of its `OutputProcessor`, which counts the same tokens in its
-        metrics; and of several choices the outputs that `ParentRequest` keeps until all are there.
+        vLLM internal: `vllm.v1.engine.output_processor.RequestState.is_prefilling`,
+        `vllm.v1.engine.detokenizer.IncrementalDetokenizer.num_output_tokens`, which counts the
+        tokens that vLLM's metrics have; and of several choices the outputs that are kept until all
+        are there, `vllm.v1.engine.parallel_sampling.ParentRequest.output_aggregator`.
         """
         processor = self._processor
         ids = processor.external_req_ids.get(self._id, ()) if processor is not None else ()

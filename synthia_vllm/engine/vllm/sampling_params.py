@@ -21,7 +21,9 @@ def sampling_params(request: EngineRequest) -> Any:
     structured = None
     if asked.grammar is not None:
         structured = StructuredOutputsParams(**{asked.grammar.kind: asked.grammar.text})
-        structured._backend = "guidance"  # vLLM internal: its check would set it
+        # vLLM internal: `vllm.sampling_params.StructuredOutputsParams._backend`; its check would
+        # set it.
+        structured._backend = "guidance"
     repetition = None
     if asked.repetition is not None:
         repetition = RepetitionDetectionParams(*asked.repetition)

@@ -13,7 +13,12 @@ def stat_logger() -> Any:
     """vLLM's own Prometheus series, fed with all tokens of a step at once.
 
     vLLM sets some twenty of them with every step of the engine, nearly all to what they are.
-    vLLM internal: the classes of `PrometheusStatLogger`'s series, and its `record`.
+    vLLM internal: `vllm.v1.metrics.loggers.PrometheusStatLogger.record`, and of the same class
+    `vllm.v1.metrics.loggers.PrometheusStatLogger._gauge_cls`,
+    `vllm.v1.metrics.loggers.PrometheusStatLogger._counter_cls`,
+    `vllm.v1.metrics.loggers.PrometheusStatLogger._histogram_cls` and
+    `vllm.v1.metrics.loggers.PrometheusStatLogger.histogram_inter_token_latency`;
+    `vllm.v1.metrics.stats.IterationStats.inter_token_latencies_iter`.
     """
     from prometheus_client import Gauge
     from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -36,8 +41,9 @@ def stat_logger() -> Any:
 def trace_phases(processor: Any) -> None:
     """Make spans of a request's phases, whose lengths vLLM puts into attributes of its one span.
 
-    vLLM internal: `OutputProcessor.do_tracing`, and the times in `RequestState.stats`, which are
-    the engine core's monotonic clock: the system's, so they can be told in this process.
+    vLLM internal: `vllm.v1.engine.output_processor.OutputProcessor.do_tracing`, and the times in
+    `vllm.v1.engine.output_processor.RequestState.stats`, which are the engine core's monotonic
+    clock: the system's, so they can be told in this process.
     """
     from opentelemetry import trace
     from vllm.tracing import extract_trace_context
