@@ -34,17 +34,21 @@ def create_app(
     admission: AdmissionClient | None = None,
     progress: Callable[[str], None] = logger.info,
     on_failure: Callable[[], None] = lambda: None,
+    open_when_ready: bool = False,
 ) -> Application:
     """The application; its lifespan starts and stops `engine`.
 
     `admission` is that of several processes, where this is one of them. `on_failure` is called
-    when the engine could not start or has died; ``app.server_state`` then knows why.
+    when the engine could not start or has died; ``app.server_state`` then knows why. With
+    `open_when_ready` no connection is taken before requests are: others answer meanwhile.
     """
     state = ServerState(engine, settings, metrics, admission)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         life = asyncio.create_task(state.run(progress, on_failure))
+        while open_when_ready and state.phase == "starting":
+            await asyncio.sleep(0.05)
         try:
             yield
         finally:

@@ -53,6 +53,8 @@ class _Job:
     port: socket.socket
     admission: socket.socket
     """To the supervisor's `AdmissionServer`."""
+    replaces: bool
+    """Another API process, while the others serve."""
     cache_secret: bytes | None
     """The same for all: they share the engine, and its prefix cache."""
 
@@ -165,7 +167,8 @@ class Supervisor:
         here, there = socket.socketpair()
         port = _bind(self._port.family, self._port.getsockname())
         settings = self._settings.model_copy(update={"port": port.getsockname()[1]})
-        job = _Job(settings, self._model, client, port, there, self._cache_secret)
+        replaces = self._phase == "serving"
+        job = _Job(settings, self._model, client, port, there, replaces, self._cache_secret)
         process = api_process(run_worker, job, f"API process {client.number}")
         process.start()
         client.close_sockets()
@@ -292,6 +295,7 @@ def run_worker(job: _Job) -> None:
         admission=admission,
         progress=lambda _step: None,
         on_failure=stop,
+        open_when_ready=job.replaces,
     )
     server = _WorkerServer(app, _share_of(settings))
     server.admission, server.to_supervisor = admission, job.admission

@@ -201,7 +201,7 @@ def test_tokens_of_a_plain_stream_take_the_short_way(live: Running) -> None:
         request = EngineRequest(request_id="short", prompt_token_ids=tokens, sampling=asked)
         return {type(output).__name__ async for output in outputs_of(live.engine, request)}
 
-    assert live.run(kinds()) == {"_Delta"}
+    assert live.run(kinds()) == {"_Output"}
     assert live.run(kinds(logprobs=1)) == {"CompletionOutput"}
     assert live.run(kinds(n=2)) == {"CompletionOutput"}
 
