@@ -65,6 +65,8 @@ class ServerState:
         self.settings = settings
         self.metrics = metrics
         self._phase: Phase = "starting"
+        self.started = asyncio.Event()
+        """Set when the engine runs, or has failed to."""
         self.failure: StartupError | EngineDead | None = None
         self.created = int(time.time())
         self.tracer = Tracer() if settings.traces else None
@@ -182,6 +184,7 @@ class ServerState:
             gc.freeze()
             gc.set_threshold(_GARBAGE_AT)
             self._phase = "serving"
+            self.started.set()
             host, port = self.settings.host, self.settings.port
             progress(f"ready: {', '.join(self.settings.served)} at http://{host}:{port}/v1")
             while True:
@@ -196,6 +199,7 @@ class ServerState:
             self.failure = error
             on_failure()
         finally:
+            self.started.set()
             gc.set_threshold(*thresholds)
             gc.unfreeze()  # the interpreter tidies up at exit what it can find
 

@@ -47,8 +47,8 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         life = asyncio.create_task(state.run(progress, on_failure))
-        while open_when_ready and state.phase == "starting":
-            await asyncio.sleep(0.05)
+        if open_when_ready:
+            await state.started.wait()
         try:
             yield
         finally:

@@ -3,39 +3,17 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from serving import wait_until
 
 from synthia_vllm.demo import checkpoint as demo
-from synthia_vllm.demo.checkpoint import directory, ensure_demo, make_demo
+from synthia_vllm.demo.checkpoint import directory, ensure_demo
 from synthia_vllm.demo.training import Recipe, dialogues, mistral_tokenizer
 from synthia_vllm.errors import StartupError
 
 TINY = Recipe(steps=2, extra_rounds=0)
-# A process that makes the tiny model in the directory it is given, slowly if told to.
-MAKER = """
-import sys, time
-from pathlib import Path
-from synthia_vllm.demo import checkpoint as demo
-from synthia_vllm.demo import training as demo_training
-def progress(line):
-    print(line, flush=True)
-    if "step 1/" in line:
-        time.sleep(float(sys.argv[2]))
-print(demo.make_demo(progress, Path(sys.argv[1]), demo_training.Recipe(steps=2, extra_rounds=0)))
-"""
-
-
-def make(cache: Path, pause: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", MAKER, str(cache), str(pause)], stdout=subprocess.PIPE, text=True
-    )
 
 
 def test_lessons_are_well_formed() -> None:
@@ -80,37 +58,6 @@ def test_tokenizer_is_mistrals() -> None:
     for text in [*TEXTS, *(turn.assistant for dialogue in dialogues() for turn in dialogue)]:
         assert tokenizer.encode(text).ids == [1, *pieces.encode(text)], text
     assert tokenizer.encode("ASSISTANT: ").ids[-1] == 28705
-
-
-def test_two_processes_make_one_model(tmp_path: Path) -> None:
-    """Of two at once one makes it, the other waits and says so; a third finds it."""
-    first = make(tmp_path, 3)
-    assert first.stdout
-    wait_until(lambda: list(tmp_path.glob("demo-*.tmp-*")), 60)
-    second = make(tmp_path, 0)
-    said = [process.communicate(timeout=120)[0].splitlines() for process in (first, second)]
-    assert said[0][-1] == said[1][-1] == str(directory(tmp_path, TINY))
-    assert any("another process is making it" in line for line in said[1])
-    assert not any("training" in line for line in said[1])
-    lines: list[str] = []
-    make_demo(lines.append, tmp_path, TINY)
-    assert lines == []
-    assert {path.name for path in directory(tmp_path, TINY).iterdir()} >= {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-    }  # fmt: skip
-
-
-def test_killed_half_way_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    """After SIGKILL in mid-training there is no model, and the next try makes one and cleans up."""
-    victim = make(tmp_path, 60)
-    assert victim.stdout
-    wait_until(lambda: list(tmp_path.glob("demo-*.tmp-*")), 60)
-    victim.send_signal(signal.SIGKILL)
-    victim.communicate()
-    final = directory(tmp_path, TINY)
-    assert not final.exists()
-    assert make(tmp_path, 0).communicate(timeout=120)[0].splitlines()[-1] == str(final)
-    assert not list(tmp_path.glob("demo-*.tmp-*"))
 
 
 def test_another_recipe_is_another_model(tmp_path: Path) -> None:
