@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from harness import table
+from lib.report import table
 
 from synthia_vllm.demo.checkpoint import ensure_demo
 

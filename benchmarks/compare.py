@@ -15,7 +15,6 @@ loop's TTFT is the time of a whole answer, which is when its user sees the first
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -25,11 +24,10 @@ from typing import Final
 
 import psutil
 import uvloop
-from contestants import Measured, begin, same_prompts, take
-from direct import KINDS
-from edge import Load
-from harness import machine, percentile, say, spread, table
-from targets import available, heed_sigterm
+from lib.byte_client import Load
+from lib.contestants import DIRECT, Measured, begin, same_prompts, take
+from lib.report import machine, percentile, say, spread, table, write_json
+from lib.servers import available, heed_sigterm
 
 EXAMPLES = """\
 examples:
@@ -76,9 +74,13 @@ def over(results: Results, name: str, other: str, streams: int, what: str) -> li
 
 def comparisons(results: Results) -> dict[str, dict[int, list[float]]]:
     """Each ratio that can be had, by its name and the number of streams."""
-    served = [name for name in results if name not in KINDS]
-    pairs = [(name, other) for other in KINDS if other in results for name in served]
-    wanted = [(name, other, "tokens_per_second") for name, other in pairs]
+    served = [name for name in results if name not in DIRECT]
+    wanted: list[tuple[str, str, str]] = [
+        (name, other, "tokens_per_second")
+        for other in DIRECT
+        if other in results
+        for name in served
+    ]
     frontends = [name for name in served if name != "synthia"] if "synthia" in served else []
     kinds = ("tokens_per_second", "ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms")
     wanted += [("synthia", other, what) for other in frontends for what in kinds]
@@ -179,12 +181,12 @@ async def main(args: argparse.Namespace) -> int:
             "targets": results,
             "ratios": comparisons(results),
         }
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
     return 0
 
 
 if __name__ == "__main__":
-    everything = [*available(), *KINDS]
+    everything = [*available(), *DIRECT]
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from harness import say, serve
-from monitored import CONFIG, FLAGS, USERS, Prometheus, offer, prometheus
+from lib.client import serve
+from lib.monitored import CONFIG, FLAGS, USERS, Prometheus, offer, prometheus
+from lib.report import say
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

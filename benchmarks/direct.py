@@ -17,7 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from edge import WORD
+from lib.byte_client import WORD
 
 from synthia_vllm.demo.checkpoint import ensure_demo
 

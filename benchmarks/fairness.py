@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import time
 from pathlib import Path
 from typing import Any
 
-from harness import Outcome, Target, environment, percentile, say, serve, table
+from lib.client import Outcome, Target, environment, serve
+from lib.report import percentile, say, table, write_json
 
 from synthia_vllm.admission.fair_share import ANSWER_COST, PROMPT_COST
 
@@ -164,7 +164,7 @@ async def main(args: argparse.Namespace) -> None:
         )
     )
     if args.json:
-        args.json.write_text(json.dumps({"light": runs, "shares": ratios}, indent=1) + "\n")
+        write_json(args.json, {"light": runs, "shares": ratios})
 
 
 if __name__ == "__main__":

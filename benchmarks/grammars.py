@@ -14,14 +14,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import itertools
-import json
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness import Outcome, Target, environment, percentile, say, serve, table
+from lib.client import Outcome, Target, environment, serve
+from lib.report import percentile, say, table, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +114,9 @@ async def measure(args: argparse.Namespace) -> int:
             task.cancel()
         await asyncio.gather(*attacks, return_exceptions=True)
         report = await environment(target)
-    rows = [["", "gap p50 ms", "p99", "longest", "answer p50 ms", "p99", "longest"]]
+    rows: list[list[object]] = [
+        ["", "gap p50 ms", "p99", "longest", "answer p50 ms", "p99", "longest"]
+    ]
     for name, (streams, structured) in (("alone", alone), ("beside", beside)):
         gaps = [1e3 * gap for outcome in streams for gap in outcome.gaps]
         waits = [1e3 * outcome.took for outcome in structured]
@@ -124,7 +126,7 @@ async def measure(args: argparse.Namespace) -> int:
             for value in (percentile(values, 0.5), percentile(values, 0.99), max(values))
         ]
         rows.append([name, *figures])
-        report[name] = dict(zip(rows[0][1:], figures, strict=True))
+        report[name] = dict(zip(map(str, rows[0][1:]), figures, strict=True))
     print(table(rows))
     print("told to the eight:", ", ".join(f"{count} x {what}" for what, count in seen.items()))
     wrong = [o for o in beside[0] if not o.whole] + [o for o in beside[1] if o.status != 200]
@@ -136,7 +138,7 @@ async def measure(args: argparse.Namespace) -> int:
         or float(longest_wait) > 1e3 * WAIT_SECONDS
     )
     if args.json:
-        args.json.write_text(json.dumps(report | {"told": dict(seen)}, indent=1) + "\n")
+        write_json(args.json, report | {"told": dict(seen)})
     print("a bound was not kept" if failed else "all bounds were kept")
     return int(failed)
 

@@ -18,7 +18,7 @@ import statistics
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from harness import percentile, table
+from lib.report import percentile, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +56,8 @@ class Seen:
     def gauge(self, name: str) -> Series:
         """``avg_over_time(NAME[30s])``."""
         scrapes = range(60 // SCRAPE)
-        return np.mean([_before(self.seen[name], SCRAPE * i) for i in scrapes], axis=0)
+        mean: Series = np.mean([_before(self.seen[name], SCRAPE * i) for i in scrapes], axis=0)
+        return mean
 
     def rate(self, name: str) -> Series:
         """``rate(NAME[30s])``."""
@@ -99,14 +100,14 @@ class Seen:
             during = (self.at >= sent) & (self.at < sent + took)
             part = (self.at[during] - sent - first) / max(took - first, 1e-9)
             held[during] += prompt + answer * np.clip(part, 0, 1)
-        return np.mean([_before(held, SCRAPE * i) for i in range(6)], axis=0) / float(
-            self.run["kv_tokens"]
-        )
+        mean: Series = np.mean([_before(held, SCRAPE * i) for i in range(6)], axis=0)
+        return mean / float(self.run["kv_tokens"])
 
     def load(self) -> Series:
         """The recording rule ``instance:synthia_load:ratio``: the greatest of three."""
         late = np.fmin(self.first_token(0.9) / LOAD_LATE, 1.0)
-        return np.maximum.reduce([self.places("in_flight"), self.gauge("kv"), late])
+        most: Series = np.maximum.reduce([self.places("in_flight"), self.gauge("kv"), late])
+        return most
 
     def offered(self, moment: float) -> float:
         """Requests a second that came at this moment."""

@@ -32,11 +32,11 @@ from typing import Any, Final
 
 import aiohttp
 import uvloop
-from clients import Server, offer, open_session
-from harness import machine, say
-from score import MEASURES, report, report_steps, summary
-from targets import available, heed_sigterm, start
-from workloads import SHAPES, Shape, arrivals, conversations, read_trace
+from lib.bench_client import Server, offer, open_session
+from lib.report import machine, say, write_json
+from lib.score import MEASURES, report, report_steps, summary
+from lib.servers import available, heed_sigterm, start
+from lib.workloads import SHAPES, Shape, arrivals, conversations, read_trace
 
 EXAMPLES = """\
 examples:
@@ -156,11 +156,11 @@ async def main(args: argparse.Namespace) -> int:
     gc.unfreeze()
     print(text)
     if args.json:
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
     if args.markdown:
         args.markdown.write_text(text + "\n")
     if args.plot:
-        import plots
+        from lib import plots
 
         if args.sweep:
             plots.draw_sweep(steps, args.goodput, args.plot)

@@ -29,7 +29,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from harness import Target, environment, say, serve, spread, table
+from lib.client import Target, environment, serve
+from lib.report import say, spread, table
 from tokenizers import Tokenizer
 
 from synthia_vllm.demo.checkpoint import ensure_demo

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import sys
 import time
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from harness import Outcome, Target, environment, percentile, say, serve, table
+from lib.client import Outcome, Target, environment, serve
+from lib.report import percentile, say, table, write_json
 
 EXAMPLES = """\
 examples:
@@ -134,7 +134,7 @@ async def main(args: argparse.Namespace) -> int:
         print(table([["check", "found", ""], *shown]))
         if args.json:
             found = {"environment": await environment(target), "1x_per_s": rate, "runs": runs}
-            args.json.write_text(json.dumps(found, indent=1) + "\n")
+            write_json(args.json, found)
         return 0 if all(ok for *_, ok in checks) else 1
 
 

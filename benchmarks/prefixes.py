@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from harness import environment, say, serve, table
+from lib.client import environment, serve
+from lib.report import say, table, write_json
 
 EXAMPLES = """\
 examples:
@@ -70,7 +70,7 @@ async def run(args: argparse.Namespace) -> int:
     names = list(found["shared"])
     print(table([["", *names], *([how, *found[how].values()] for how in found)]))
     if args.json:
-        args.json.write_text(json.dumps({**found, "environment": where}, indent=1) + "\n")
+        write_json(args.json, {**found, "environment": where})
     return 0
 
 

@@ -34,10 +34,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import uvloop
-from harness import machine, say, table
-from meter import Meter, Talk, closed_at_end, idle_connections
-from paced import start_fake
-from targets import Running, start
+from lib.meter import Meter, Talk, closed_at_end, idle_connections
+from lib.paced import start_fake
+from lib.report import machine, say, table, write_json
+from lib.servers import Running, start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -289,7 +289,7 @@ async def main(args: argparse.Namespace) -> int:
                 for name, s in sweeps.items()
             },
         }
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
     return 0
 
 

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import uvloop
-from clients import Server, offer, open_session
-from harness import machine, say
 from leads import draw, judge, report
-from targets import Running, heed_sigterm, start
-from workloads import Shape, arrivals, conversations
+from lib.bench_client import Server, offer, open_session
+from lib.report import machine, say, write_json
+from lib.servers import Running, heed_sigterm, start
+from lib.workloads import Shape, arrivals, conversations
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -274,7 +274,7 @@ async def main(args: argparse.Namespace) -> None:
     found = judge(runs)
     print(report(found))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        write_json(args.json, found)
     if args.plot:
         draw(runs, found, args.plot)
 

@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 import grammars
 import psutil
-from harness import Target, environment, say, serve, table
+from lib.client import Target, environment, serve
+from lib.report import say, table
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import http.client
-import json
 import os
 import re
 import signal
@@ -29,8 +28,8 @@ import time
 from pathlib import Path
 from typing import Final
 
-from harness import COMMAND, free_port, machine, own_group, say, spread, table
-from targets import heed_sigterm
+from lib.report import machine, say, spread, table, write_json
+from lib.servers import COMMAND, free_port, heed_sigterm, own_group
 
 from synthia_vllm.demo.checkpoint import ensure_demo
 
@@ -215,7 +214,7 @@ async def main(args: argparse.Namespace) -> int:
             "runs": runs,
             "own_imports": imports,
         }
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
     return 0
 
 

@@ -20,8 +20,9 @@ from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 
 import aiohttp
-from harness import say, serve, table
-from targets import heed_sigterm
+from lib.client import serve
+from lib.report import say, table
+from lib.servers import heed_sigterm
 
 QUESTIONS = ("What is the tallest mountain?", "Tell me a story.", "What is rain?")
 _SETTLED_SECONDS = 2.0  # of load before and after the swap

@@ -9,16 +9,15 @@ the accounts takes, and how much of the work the busiest process has.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import uvloop
-from edge import Load, offer
-from harness import machine, say, spread, table
-from targets import Running, cpu_seconds, heed_sigterm, start
+from lib.byte_client import Load, offer
+from lib.report import machine, say, spread, table, write_json
+from lib.servers import Running, cpu_seconds, heed_sigterm, start
 
 EXAMPLES = """\
 examples:
@@ -88,7 +87,7 @@ async def main(args: argparse.Namespace) -> int:
             },
             "rounds": found,
         }
-        args.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(args.json, document)
     return 0
 
 

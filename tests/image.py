@@ -74,7 +74,8 @@ def say(text: str) -> None:
 
 def run(*command: str | Path, **more: Any) -> str:
     """What `command` prints. It must succeed."""
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **more).stdout
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, **more)
+    return str(done.stdout)
 
 
 def build(place: Path, mirror: str, options: list[str]) -> None:

@@ -23,9 +23,8 @@ from synthia_vllm.telemetry.metrics import Metrics
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from fastapi import FastAPI
-
     from synthia_vllm.engine.base import Engine
+    from synthia_vllm.http.application import Application
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Running:
     """A server that answers at `url`, and what is behind it."""
 
     url: str
-    app: FastAPI
+    app: Application
     engine: Engine
     metrics: Metrics
     loop: asyncio.AbstractEventLoop
@@ -51,6 +50,16 @@ class Running:
     def value(self, series: str, **labels: str) -> float:
         """The current value of one sample of `/metrics`."""
         return self.metrics.registry.get_sample_value(series, labels) or 0.0
+
+
+def running_gauge(live: Running) -> float:
+    """The sum of vLLM's gauges of requests it has."""
+    return sum(
+        sample.value
+        for family in live.metrics.registry.collect()
+        if family.name in ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        for sample in family.samples
+    )
 
 
 def free_port() -> int:

@@ -5,43 +5,16 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-from monitored import FLAGS, USERS, Prometheus, offer, prometheus
+from lib.monitored import FLAGS, USERS, Scrape, offer, prometheus
 from processes import COMMAND, command
 
 if TYPE_CHECKING:
-    from collections import Counter
     from collections.abc import Iterator
     from pathlib import Path
-
-
-@dataclass(frozen=True)
-class Scrape:
-    """What Prometheus has of a server that had all kinds of requests for some 25 seconds."""
-
-    source: Prometheus
-    text: str
-    """What `/metrics` said at the end."""
-    names: set[str]
-    """Of all series, those of the recording rules too."""
-    statuses: Counter[int]
-    """The answers that the load had, by HTTP status."""
-    begin: float
-    end: float
-    """When the load began and ended, in seconds since 1970."""
-
-    @property
-    def url(self) -> str:
-        """Of Prometheus."""
-        return self.source.url
-
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        """The results at the end of the load, whenever that was."""
-        return self.source.query(expression, self.end)
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from processes import LONG, command
 from promql import Selector, selectors
 
 if TYPE_CHECKING:
-    from conftest import Scrape
+    from lib.monitored import Scrape
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"

@@ -11,8 +11,7 @@ import httpx
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic import BaseModel, ConfigDict
-from serving import Running, wait_until
-from test_engine import running_gauge
+from serving import Running, running_gauge, wait_until
 
 QUESTION = "What is the difference between an Orca, Dolphin and a Seal?"
 BODY: dict[str, Any] = {
@@ -340,7 +339,7 @@ def test_the_whole_surface_by_its_own_document(live: Running) -> None:
 
     schema = schemathesis.openapi.from_url(f"{live.url}/openapi.json")
     for result in schema.get_all_operations():
-        operation = result.ok()
+        operation: Any = result.ok()  # type: ignore[union-attr]  # or it raises
 
         @given(case=operation.as_strategy())
         @settings(

@@ -64,7 +64,7 @@ def answer(live: Running) -> str:
     """The greedy answer to the card's question."""
     content = live.client.chat.completions.create(**ASK).choices[0].message.content
     assert content
-    return content
+    return str(content)
 
 
 def test_openai(live: Running, answer: str) -> None:

@@ -139,7 +139,7 @@ def test_the_table_is_what_is_used(tokenizer: Any, texts: dict[int, str]) -> Non
 
     text = " Orcas hunt:\n  seals (and fish).\tThe end"
     tokens = tokenizer.encode(text, add_special_tokens=False)
-    ours = TableDetokenizer(texts, ["USER:"], Untouched())  # type: ignore[arg-type]
+    ours = TableDetokenizer(texts, ["USER:"], Untouched())
     seen = said(ours, [[token] for token in tokens] + [[2]], delta=True, ended=True)
     assert "".join(part for _, part, _ in seen).lstrip() == text.lstrip()
     assert seen[-1][2] == [*tokens, 2]

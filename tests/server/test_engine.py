@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from contract import CHECKS, PROMPT, outputs_of
-from serving import Running, wait_until
+from serving import Running, running_gauge, wait_until
 
 from synthia_vllm.engine.base import EngineRequest, Grammar, Sampling
 from synthia_vllm.engine.vllm.client import VllmEngine
@@ -40,7 +40,7 @@ def test_leaving_frees_the_engine(live: Running) -> None:
         async with aclosing(outputs_of(live.engine, request)) as steps:
             await anext(steps)
             await asyncio.sleep(0.3)
-            return live.engine._llm.output_processor.get_num_unfinished_requests()  # type: ignore[attr-defined]
+            return int(live.engine._llm.output_processor.get_num_unfinished_requests())  # type: ignore[attr-defined]
 
     before = live.run(leave())
     assert before == 1
@@ -58,16 +58,6 @@ def test_leaving_frees_the_engine(live: Running) -> None:
 
     live.run(one_more())
     wait_until(lambda: running_gauge(live) == 0)
-
-
-def running_gauge(live: Running) -> float:
-    """The sum of vLLM's gauges of requests it has."""
-    return sum(
-        sample.value
-        for family in live.metrics.registry.collect()
-        if family.name in ("vllm:num_requests_running", "vllm:num_requests_waiting")
-        for sample in family.samples
-    )
 
 
 def test_queue_bound_is_an_answer(live: Running) -> None:

@@ -37,7 +37,7 @@ def test_greedy_choices_are_equal(live: Running) -> None:
 def test_seeds_are_kept(live: Running, seed: int) -> None:
     """Each of the answers is the same again, also where one has the seed -1."""
     # Tokens of which the model expects none, so that chance chooses.
-    body = {"seed": seed, "n": 4, "temperature": 2, "top_k": -1, "max_tokens": 12}
+    body: dict[str, Any] = {"seed": seed, "n": 4, "temperature": 2, "top_k": -1, "max_tokens": 12}
     body |= {"allowed_token_ids": list(range(1000, 1400))}
     first = texts(post(live, body))
     assert texts(post(live, body)) == first

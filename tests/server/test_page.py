@@ -47,7 +47,7 @@ class Page:
 
     @property
     def status(self) -> str:
-        return self("#status").text
+        return str(self("#status").text)
 
     @property
     def answers(self) -> list[str]:

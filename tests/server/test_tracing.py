@@ -44,7 +44,7 @@ class Received:
 
 
 @dataclass
-class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
+class Receiver(trace_service_pb2_grpc.TraceServiceServicer):  # type: ignore[misc]  # has no types
     """Takes what is exported, and keeps it."""
 
     raw: list[bytes] = field(default_factory=list)
@@ -188,7 +188,10 @@ def test_what_goes_wrong_has_a_span(traced: tuple[str, Receiver]) -> None:
     assert left.attributes["http.response.status_code"] == 499
     assert left.attributes["gen_ai.usage.output_tokens"] > 0
     odd = httpx.post(
-        f"{url}/v1/chat/completions", json=ASK, headers={"traceparent": b"00-zz-\xff"}, timeout=60
+        f"{url}/v1/chat/completions",
+        json=ASK,
+        headers=[(b"traceparent", b"00-zz-\xff")],
+        timeout=60,
     )
     assert odd.status_code == 200
 

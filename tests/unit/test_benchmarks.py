@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from clients import Answer
+from lib.bench_client import Answer
+from lib.score import good
+from lib.workloads import SHAPES, Shape, arrivals, conversations, read_trace
 from load import goal, next_rate
-from score import good
-from workloads import SHAPES, Shape, arrivals, conversations, read_trace
 
 ROOT = Path(__file__).parents[2]
 

@@ -35,7 +35,8 @@ def post(server: Running, body: dict[str, Any], path: str = CHAT) -> httpx.Respo
 
 def sampling(server: Running) -> Sampling:
     """Of the request before."""
-    return server.engine.seen[-1].sampling  # type: ignore[attr-defined]
+    assert isinstance(server.engine, FakeEngine)
+    return server.engine.seen[-1].sampling
 
 
 @pytest.mark.parametrize("client", BODIES, ids=lambda client: client["client"])
@@ -146,7 +147,7 @@ def test_what_vllm_knows_reaches_the_engine(server: Running, path: str) -> None:
 
 def test_null_asks_for_nothing_everywhere(server: Running) -> None:
     """At every level."""
-    body = {
+    body: dict[str, Any] = {
         "stream_options": None, "stop": None, "n": None, "response_format": None,
         "logit_bias": None, "tools": None, "unknown": None, "structured_outputs": None,
         "messages": [

@@ -209,7 +209,7 @@ def test_refusals(server: Running, body: dict[str, Any], param: str, words: str)
 
 def test_fields_that_ask_for_nothing(server: Running) -> None:
     """Clients send these; their neutral values are let pass."""
-    neutral = {"suffix": None, "best_of": 1, "user": "me", "stop": []}
+    neutral: dict[str, Any] = {"suffix": None, "best_of": 1, "user": "me", "stop": []}
     assert ask(server, **neutral).status_code == 200
 
 
@@ -217,7 +217,7 @@ def test_scored_prompts_are_bounded() -> None:
     """Log-probabilities of prompts cost memory: by the setting, and by how many are asked for."""
     limits = Limits(max_scored_tokens=1000)
     with running(FakeEngine(PIECES), limits=limits) as server:
-        scored = {"echo": True, "logprobs": 1}
+        scored: dict[str, Any] = {"echo": True, "logprobs": 1}
         assert ask(server, prompt="x" * 999, **scored).status_code == 200
         assert ask(server, prompt="x" * 1000).status_code == 200
         error = ask(server, prompt="x" * 1000, **scored).json()["error"]
@@ -235,7 +235,7 @@ def test_client_that_leaves_frees_every_prompt() -> None:
                 f"{server.url}/v1/completions", json=BODY | {"prompt": ["a", "b"]}, timeout=0.3
             )
         wait_until(lambda: len(engine.aborted) == 2)
-        wait_until(lambda: server.app.server_state.admission.in_flight == 0)
+        wait_until(lambda: server.app.server_state.in_flight == 0)
         left = server.value(
             "synthia_requests_total",
             route="/v1/completions",
@@ -332,7 +332,10 @@ def test_rendered_with_dropped_messages() -> None:
 
 def test_render_refuses_what_chat_refuses(server: Running) -> None:
     """The same request gives the same error."""
-    for body in ({"messages": []}, {"messages": [USER], "tools": [{}]}, {"messages": [USER]}):
+    bodies: list[dict[str, Any]] = [
+        {"messages": []}, {"messages": [USER], "tools": [{}]}, {"messages": [USER]},
+    ]  # fmt: skip
+    for body in bodies:
         errors = [
             ask(server, path, **body).json()
             for path in ("/v1/chat/completions", "/v1/chat/completions/render")

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from synthia_vllm.demo import checkpoint as demo
 from synthia_vllm.demo.checkpoint import directory, ensure_demo
 from synthia_vllm.demo.training import Recipe, dialogues, mistral_tokenizer
 from synthia_vllm.errors import StartupError
@@ -74,7 +73,7 @@ def test_unusable_cache_is_a_plain_error(tmp_path: Path) -> None:
 
 def test_finished_model_is_found_at_once(tmp_path: Path, monkeypatch: Any) -> None:
     """With the model in the cache no process is started and nothing is said."""
-    monkeypatch.setattr(demo.subprocess, "Popen", None)
+    monkeypatch.setattr("subprocess.Popen", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     directory(tmp_path / "synthia-vllm", Recipe()).mkdir(parents=True)
     assert ensure_demo(pytest.fail).is_dir()

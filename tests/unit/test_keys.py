@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def keys(*arguments: str | Path) -> int:
+def keys(*arguments: object) -> int:
     return main(["keys", *map(str, arguments)])
 
 

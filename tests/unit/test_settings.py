@@ -140,7 +140,7 @@ def test_default_model(monkeypatch: pytest.MonkeyPatch, gpu: bool, model: str) -
 )
 def test_served_names(changes: dict[str, str], names: list[str]) -> None:
     """Two names are served: the model's, and with ``-tot`` the same with the card's preset."""
-    served = Settings(**changes).served  # type: ignore[arg-type]
+    served = Settings(**changes).served
     assert list(served.values()) == [None, TREE_OF_THOUGHT]
     assert list(served) == names
 

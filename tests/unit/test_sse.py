@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,7 @@ from synthia_vllm.http.sse import Stream, WriteBatcher, stream_answer
 from synthia_vllm.telemetry.metrics import BulkHistogram, Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
-    from contextlib import AbstractAsyncContextManager
+    from collections.abc import AsyncGenerator, AsyncIterator
 
     from synthia_vllm.engine.base import Output, Sink
 
@@ -31,15 +31,19 @@ class Hands(FakeEngine):
 
     sink: Any = None
 
-    def submit(self, request: EngineRequest, sink: Sink) -> AbstractAsyncContextManager[None]:
+    @asynccontextmanager
+    async def submit(self, request: EngineRequest, sink: Sink) -> AsyncGenerator[None, None]:
         self.sink = sink
-        return super().submit(request, _Nobody())
+        async with super().submit(request, _Nobody()):
+            yield
 
 
 class _Nobody:
     def put(self, *_: Any) -> None: ...
 
     def fail(self, *_: Any) -> None: ...
+
+    def ran(self, *_: Any) -> None: ...
 
 
 class Heard:

@@ -181,7 +181,7 @@ def test_requests_a_minute(users: Users) -> None:
     assert headers[b"x-ratelimit-limit-requests"] == b"6"
     assert headers[b"x-ratelimit-remaining-requests"] == b"0"
     assert headers[b"x-ratelimit-reset-requests"] == b"60.000s"
-    users.clock.now += caught.value.retry_after
+    users.clock.now += caught.value.retry_after or 0
     admission.enter("alice").leave(0, 0, 0)
 
 

@@ -30,7 +30,7 @@ class Counts:
 
     def __init__(self, directory: Path, **options: Any) -> None:
         self.written = self.failed = 0
-        limits = {"max_bytes": 10_000, "keep": 2, "fsync": "never"} | options
+        limits: dict[str, Any] = {"max_bytes": 10_000, "keep": 2, "fsync": "never"} | options
         self.transcripts = Transcripts(
             directory, on_written=self._wrote, on_failed=self._lost, **limits
         )

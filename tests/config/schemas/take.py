@@ -28,8 +28,9 @@ def strict(schema: Any) -> Any:
         for key, value in schema.items()
         if key not in ("description", "default") and not key.startswith("x-kubernetes-")
     }
-    if isinstance(kept.get("pattern"), str):
-        kept["pattern"] = kept["pattern"].replace("^(?i)", "(?i)^")  # Go's way to say it
+    pattern = kept.get("pattern")
+    if isinstance(pattern, str):
+        kept["pattern"] = pattern.replace("^(?i)", "(?i)^")  # Go's way to say it
     if schema.get("x-kubernetes-int-or-string"):
         kept.pop("pattern", None)
     if "properties" in kept and not schema.get("x-kubernetes-preserve-unknown-fields"):

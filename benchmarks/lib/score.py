@@ -15,12 +15,13 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from harness import table
+
+from lib.report import table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from clients import Answer, Run
+    from lib.bench_client import Answer, Run
 
 PERCENTILES: Final = (50.0, 90.0, 95.0, 99.0)
 MEASURES: Final = ("ttft", "itl", "tpot", "e2el")

@@ -18,17 +18,20 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
 import psutil
-from direct import KINDS
-from edge import Client, Found, Load
-from harness import own_group, say
-from targets import ENGINE, Running, start
 
+from lib.byte_client import Client, Found, Load
+from lib.report import say
+from lib.servers import ENGINE, Running, own_group, start
 from synthia_vllm.template.prompt import Message, normalize_messages, render
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 FIRST_TEXT: Final = re.compile(rb'"content": ?"[^"]')
+
+
+DIRECT: Final = ("offline", "transformers")
+"""What `direct.py` can run."""
 
 
 @dataclass
@@ -149,7 +152,7 @@ def prompt(load: Load, number: int) -> str:
 @asynccontextmanager
 async def contestant(name: str, kv_cache_bytes: int) -> AsyncIterator[Contestant]:
     """Start `name`; stop it at the end."""
-    if name not in KINDS:
+    if name not in DIRECT:
         option = f"kv_cache_memory_bytes={kv_cache_bytes}"
         ours = name == "synthia"
         options = ["--engine", option] if ours else ["--" + option.replace("_", "-")]
@@ -157,7 +160,7 @@ async def contestant(name: str, kv_cache_bytes: int) -> AsyncIterator[Contestant
             yield Served(running)
         return
     say(f"starting {name}")
-    command = [sys.executable, str(Path(__file__).with_name("direct.py")), name]
+    command = [sys.executable, str(Path(__file__).parents[1] / "direct.py"), name]
     command += [*ENGINE, f"--kv-cache-memory-bytes={kv_cache_bytes}"]
     with tempfile.TemporaryFile() as log:
         process = await asyncio.create_subprocess_exec(

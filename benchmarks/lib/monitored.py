@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import aiohttp
 import httpx
 import yaml
-from harness import free_port
+
+from lib.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -70,6 +71,31 @@ class Prometheus:
     def names(self) -> set[str]:
         """Of all series it has."""
         return set(self.ask("label/__name__/values"))
+
+
+@dataclass(frozen=True)
+class Scrape:
+    """What Prometheus has of a server that had all kinds of requests for some 25 seconds."""
+
+    source: Prometheus
+    text: str
+    """What `/metrics` said at the end."""
+    names: set[str]
+    """Of all series, those of the recording rules too."""
+    statuses: Counter[int]
+    """The answers that the load had, by HTTP status."""
+    begin: float
+    end: float
+    """When the load began and ended, in seconds since 1970."""
+
+    @property
+    def url(self) -> str:
+        """Of Prometheus."""
+        return self.source.url
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The results at the end of the load, whenever that was."""
+        return self.source.query(expression, self.end)
 
 
 @contextmanager

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
-from harness import say
+
+from lib.report import say
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from types import SimpleNamespace
 
-    from workloads import Conversation
+    from lib.workloads import Conversation
 
 REFUSALS: Final = (429, 503)
 

@@ -14,7 +14,7 @@ import yaml
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 KUBERNETES = ROOT / "config" / "kubernetes"
 OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
 
@@ -89,7 +89,7 @@ class Installation:
     def config(self) -> str:
         """The server's configuration file."""
         return next(
-            text
+            str(text)
             for found in self.of("ConfigMap")
             for name, text in found["data"].items()
             if name == "server.yaml"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -21,13 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from harness import COMMAND, free_port, own_group, say
 
+from lib.report import say
 from synthia_vllm.demo.checkpoint import ensure_demo
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
+own_group = os.setpgrp
+"""For `preexec_fn`: Ctrl-C does not reach the server. Not a session of its own: to each of those
+Linux may give a share of the processors (autogroups), and a client beside a busy engine then
+waited for seconds in its own `write`."""
+COMMAND = str(Path(sys.executable).with_name("synthia-vllm"))
 MODEL = "synthia-demo"
 # To the text of a chat template no server adds the beginning-of-text token by itself.
 TEMPLATE = (
@@ -36,6 +42,13 @@ TEMPLATE = (
 )
 # The engine's options of this server on a CPU, spelled out for the others.
 ENGINE = ("--enforce-eager", "--dtype=float32", "--kv-cache-memory-bytes=1073741824")
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -93,43 +106,69 @@ def heed_sigterm() -> None:
 
 
 @asynccontextmanager
+async def started(
+    name: str,
+    command: Sequence[str],
+    port: int,
+    log: Path,
+    *,
+    path: str = "/ready",
+    environ: Mapping[str, str] | None = None,
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run `command` until its server answers at `path` on `port`; stop it at the end.
+
+    Raises `SystemExit` with what it wrote to `log` if it does not start.
+    """
+    with log.open("w") as out:
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environ, stdout=out, stderr=out, preexec_fn=own_group
+        )
+    family: list[psutil.Process] = []
+    try:
+        await _until_healthy(name, f"http://127.0.0.1:{port}{path}", process, log)
+        first = psutil.Process(process.pid)
+        family = [first, *first.children(recursive=True)]
+        yield process
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), 60)
+        except TimeoutError:
+            process.kill()
+        for left in family:
+            if left.is_running():
+                left.kill()
+
+
+def serve_command(port: int) -> list[str]:
+    """The command of this server on the demo model."""
+    flags = ["--model", "demo", "--port", str(port), "--log-level", "warning"]
+    return [COMMAND, "serve", *flags]
+
+
+@asynccontextmanager
 async def start(name: str, *options: str) -> AsyncIterator[Running]:
     """Start the target `name` with `options` of its own; stop it at the end."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        if name == "synthia":
-            command = [COMMAND, "serve", "--model", "demo", "--port", str(port)]
-            command += ["--log-level", "warning"]
-            environ, is_api = dict(os.environ), _is_first
-        else:
+        command, path, environ, is_api = serve_command(port), "/ready", None, _is_first
+        if name != "synthia":
+            path = "/health"
             command, environ = _vllm_serve(Path(place), port, rust=name == "vllm-rust")
             is_api = _is_rust if name == "vllm-rust" else _is_first
-        with Path(place, "log").open("w") as log:
-            process = await asyncio.create_subprocess_exec(
-                *command, *options, env=environ, stdout=log, stderr=log, preexec_fn=own_group
-            )
-        url = f"http://127.0.0.1:{port}"
-        family: list[psutil.Process] = []
-        try:
-            await _until_healthy(name, url, process, Path(place, "log"))
+        async with started(
+            name, [*command, *options], port, Path(place, "log"), path=path, environ=environ
+        ) as process:
             first = psutil.Process(process.pid)
             family = [first, *first.children(recursive=True)]
+            url = f"http://127.0.0.1:{port}"
             yield Running(name, url, first, tuple(p for p in family if is_api(p, first)))
-        finally:
-            if process.returncode is None:
-                process.send_signal(signal.SIGTERM)
-            try:
-                await asyncio.wait_for(process.wait(), 30)
-            except TimeoutError:
-                process.kill()
-            for left in family:
-                if left.is_running():
-                    left.kill()
 
 
 def _is_first(process: psutil.Process, first: psutil.Process) -> bool:
     # Several API processes lead a process group each.
-    return process == first or os.getpgid(process.pid) == process.pid
+    return bool(process == first) or os.getpgid(process.pid) == process.pid
 
 
 def _is_rust(process: psutil.Process, first: psutil.Process) -> bool:
@@ -177,18 +216,19 @@ def _has_no_metadata(package: str) -> bool:
 async def _until_healthy(
     name: str, url: str, process: asyncio.subprocess.Process, log: Path
 ) -> None:
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(url + path, timeout=5):
-                return True
-        except OSError:
-            return False
-
-    path = "/ready" if name == "synthia" else "/health"
     begun = time.monotonic()
-    while not await asyncio.to_thread(answers):
+    while not await asyncio.to_thread(answers, url):
         if process.returncode is not None or time.monotonic() - begun > 300:
             raise SystemExit(f"{name} did not start:\n{log.read_text()[-4000:]}")
         say(f"starting {name}: {time.monotonic() - begun:.0f} s")
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.2)
     say("")
+
+
+def answers(url: str) -> bool:
+    """Whether a GET of `url` is answered with success."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False

@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import psutil
-from harness import free_port
-from targets import Running
+
+from lib.servers import Running, free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

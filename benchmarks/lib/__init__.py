@@ -1,0 +1,1 @@
+"""What scripts share: clients, servers, workloads, and how results are shown."""
