@@ -114,9 +114,8 @@ async def measure(args: argparse.Namespace) -> int:
             task.cancel()
         await asyncio.gather(*attacks, return_exceptions=True)
         report = await environment(target)
-    rows: list[list[object]] = [
-        ["", "gap p50 ms", "p99", "longest", "answer p50 ms", "p99", "longest"]
-    ]
+    heads = [f"{what} {of} ms" for what in ("gap", "answer") for of in ("p50", "p99", "longest")]
+    rows: list[list[Any]] = [["", *heads]]
     for name, (streams, structured) in (("alone", alone), ("beside", beside)):
         gaps = [1e3 * gap for outcome in streams for gap in outcome.gaps]
         waits = [1e3 * outcome.took for outcome in structured]
@@ -126,7 +125,7 @@ async def measure(args: argparse.Namespace) -> int:
             for value in (percentile(values, 0.5), percentile(values, 0.99), max(values))
         ]
         rows.append([name, *figures])
-        report[name] = dict(zip(map(str, rows[0][1:]), figures, strict=True))
+        report[name] = dict(zip(heads, figures, strict=True))
     print(table(rows))
     print("told to the eight:", ", ".join(f"{count} x {what}" for what, count in seen.items()))
     wrong = [o for o in beside[0] if not o.whole] + [o for o in beside[1] if o.status != 200]
