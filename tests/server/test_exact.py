@@ -37,7 +37,13 @@ def card(demo: Path, tokenizer: Any) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    # Beside others who want the processors, two threads wait for each other more than they do.
+    torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
+
+    def cut_off(ids: Any, _scores: Any, **_: Any) -> Any:
+        """What comes after the marker is cut off below; it need not be generated."""
+        return torch.tensor(["USER:" in tokenizer.decode(row[-8:]) for row in ids])
 
     def generate_text(instruction: str) -> str:
         tokens = tokenizer.encode(instruction)
@@ -52,6 +58,7 @@ def card(demo: Path, tokenizer: Any) -> Any:
                 do_sample=False,
                 num_return_sequences=1,
                 pad_token_id=2,
+                stopping_criteria=[cut_off],
             )
         output = rest[0][length:]
         string = tokenizer.decode(output, skip_special_tokens=True)
