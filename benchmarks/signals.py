@@ -57,7 +57,7 @@ WORD: Final = 272
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What a server's engine has: `max_num_seqs`, and tokens that its KV cache takes."""
 
     places: int
@@ -70,8 +70,8 @@ class Room:
         return (*_LIMITS, "--engine", engine[0], "--engine", engine[1])
 
 
-_TIGHT: Final = Room(16, 12288)
-_ROOMY: Final = Room(64, 131072)
+_TIGHT: Final = Capacity(16, 12288)
+_ROOMY: Final = Capacity(64, 131072)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Workload:
     shape: Shape
     steady: float
     end: float
-    room: Room
+    capacity: Capacity
     about: str
 
 
@@ -207,7 +207,7 @@ async def record(
         "workload": name,
         "about": load.about,
         "seed": seed,
-        "places": args.places or load.room.places,
+        "places": args.places or load.capacity.places,
         "kv_tokens": int(cache[1]) * int(cache[2]) if cache else None,
         "cores": len(running.process.cpu_affinity()) if running else None,
         "steady_rate": steady,
@@ -244,7 +244,7 @@ async def measure(todo: Sequence[tuple[str, int]], args: argparse.Namespace) -> 
         async with AsyncExitStack() as stack:
             running = None
             if not args.url:
-                options = WORKLOADS[name].room.options()
+                options = WORKLOADS[name].capacity.options()
                 running = await stack.enter_async_context(start("synthia", *options))
             session = await stack.enter_async_context(open_session(600))
             url = running.url if running else args.url

@@ -145,7 +145,7 @@ def test_right_engine_options() -> None:
 
 
 def test_our_plugins_are_always_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A choice among vLLM's plugins leaves out neither the leash nor the bounds of grammars."""
+    """A choice among vLLM's plugins leaves out neither the watchdog nor the bounds of grammars."""
     declared = {point.name for point in entry_points(group="vllm.general_plugins")}
     monkeypatch.setenv("VLLM_PLUGINS", "theirs")
     check_options({})

@@ -50,15 +50,15 @@ class Office:
     async def line(self) -> AsyncIterator[tuple[AdmissionClient, AdmissionServer]]:
         """Another API process, for as long as the context lasts."""
         loop = asyncio.get_running_loop()
-        desk = AdmissionServer(
+        line = AdmissionServer(
             self.admission, on_batch=self.batches.append, on_gone=self.gone.append
         )
         shared = AdmissionClient(self.file, max_requests=8)
         here, there = socket.socketpair()
-        await loop.create_connection(lambda: desk, sock=here)
+        await loop.create_connection(lambda: line, sock=here)
         transport, _ = await loop.create_connection(lambda: shared, sock=there)
         try:
-            yield shared, desk
+            yield shared, line
         finally:
             transport.abort()
             await until(lambda: bool(self.gone))
@@ -173,7 +173,7 @@ async def test_news(tmp_path: Path) -> None:
     async def abort(ids: list[str]) -> None:
         aborted.append(ids)
 
-    async with office.line() as (one, desk):
+    async with office.line() as (one, line):
         one.on_abort = abort
         one.set_batch(64)
         await until(lambda: office.batches == [64])
@@ -184,15 +184,15 @@ async def test_news(tmp_path: Path) -> None:
         with pytest.raises(Unauthorized):  # its keys are still known here
             await one.admit("alice")
         place.leave(0, 0, 0)
-        desk.tell("reload")
-        desk.tell("abort", ["x", "y"])
+        line.tell("reload")
+        line.tell("abort", ["x", "y"])
         await until(lambda: one.names == ("bob",))
         await until(lambda: aborted == [["x", "y"]])
         await one.admit("bob")
         bad: list[None] = []
         one.on_bad_keys = lambda: bad.append(None)
         file.write_text("users: [")
-        desk.tell("reload")
+        line.tell("reload")
         await until(lambda: bad)
         await one.admit("bob")
 
@@ -201,11 +201,11 @@ async def test_news(tmp_path: Path) -> None:
 async def test_nobody_at_the_desk() -> None:
     """When the accounts are gone, who asks is told to come back, and nobody waits for ever."""
     office = Office()
-    async with office.line() as (one, desk):
+    async with office.line() as (one, line):
         asking = asyncio.create_task(one.admit(ANONYMOUS))
         await asyncio.sleep(0)
-        assert desk._transport is not None
-        desk._transport.abort()
+        assert line._transport is not None
+        line._transport.abort()
         with pytest.raises(Unavailable):
             await asking
         with pytest.raises(Unavailable):
