@@ -80,7 +80,7 @@ _INVISIBLE = (
 
 def _spelling(role: str) -> str:
     """A pattern for `role` in ASCII or full-width letters, with invisible ones in between."""
-    return "".join(f"[{c}{chr(ord(c) + 0xFEE0)}][{_INVISIBLE}]*+" for c in role)
+    return "".join(f"[{re.escape(c)}{chr(ord(c) + 0xFEE0)}][{_INVISIBLE}]*+" for c in role)
 
 
 @cache

@@ -151,17 +151,18 @@ HOSTILE = st.lists(
 ).map("".join)
 ROLES = st.sampled_from(["system", "user", "assistant"])
 
-# A splitter of our own, more suspicious than the escape: it normalises away what cannot be seen.
-SPLIT = re.compile(r"(?m)^(SYSTEM|USER|ASSISTANT):")
 
+def turns_of(prompt: str, fmt: PromptFormat) -> list[tuple[str, str]]:
+    """The (role, content) pairs at the line-initial markers of `prompt`.
 
-def turns_of(prompt: str) -> list[tuple[str, str]]:
-    """The (role, content) pairs at the line-initial markers of `prompt`."""
-    places = list(SPLIT.finditer(prompt))
-    ends = [place.start() for place in places[1:]] + [len(prompt)]
+    A splitter of our own, not the escape's.
+    """
+    roles = {name: role for role, name in fmt.role_names.items()}
+    markers = list(re.finditer(rf"(?m)^({'|'.join(map(re.escape, roles))}):", prompt))
+    ends = [marker.start() for marker in markers[1:]] + [len(prompt)]
     return [
-        (place[1].lower(), prompt[place.end() : end].strip())
-        for place, end in zip(places, ends, strict=True)
+        (roles[marker[1]], prompt[marker.end() : end].strip())
+        for marker, end in zip(markers, ends, strict=True)
     ]
 
 
@@ -178,18 +179,21 @@ def test_structure_cannot_be_forged(pairs: list[tuple[str, str]], fmt: PromptFor
     Also for a reader to whom every line separator is a newline, zero-width characters do not
     exist, and full-width letters are letters.
     """
-    messages, _ = normalize_messages([Message(role, content) for role, content in pairs])  # type: ignore[arg-type]
+    messages, _ = normalize_messages(
+        [Message(role, content) for role, content in pairs],  # type: ignore[arg-type]
+        fmt=fmt,
+    )
     prompt = render(messages, fmt)
     expected = [(m.role, m.content.strip()) for m in messages]
     if not messages or messages[-1].role != "assistant":
         expected.append(("assistant", ""))
-    assert turns_of(prompt) == expected
+    assert turns_of(prompt, fmt) == expected
 
     seen = re.sub("|".join(BREAKS[1:]), "\n", prompt)
     seen = re.sub(f"[{''.join(INVISIBLE)}]", "", seen)
     seen = "".join(chr(ord(c) - 0xFEE0) if "\uff01" <= c <= "\uff5e" else c for c in seen)
     seen = re.sub(r"(?m)^[^\S\n]+", "", seen)
-    assert [role for role, _ in turns_of(seen)] == [role for role, _ in expected]
+    assert [role for role, _ in turns_of(seen, fmt)] == [role for role, _ in expected]
 
 
 @given(HOSTILE)
