@@ -23,6 +23,8 @@ SHELL := /bin/bash
 BIN := .venv/bin
 ENGINE ?= $(shell for d in /dev/nvidiactl /dev/nvidia0 /dev/dxg; do [ -e $$d ] && echo gpu && exit; done; echo cpu)
 ARGS ?=
+# Two files of tests at a time: half of their time is waiting, and an engine on a CPU takes a core.
+PARALLEL := -n 2 --dist loadfile --durations 10
 
 # vLLM runs on Python 3.11 to 3.13.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -46,10 +48,10 @@ serve: .venv/.engine-$(ENGINE)
 	@exec $(BIN)/synthia-vllm serve $(ARGS)
 
 test: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-unit: .venv/.dev .venv/.json-schema-suite
-	@$(BIN)/python -m pytest tests/unit $(ARGS)
+	@$(BIN)/python -m pytest tests/unit $(PARALLEL) $(ARGS)
 
 check: .venv/.dev
 	@$(BIN)/ruff check .
