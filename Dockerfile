@@ -51,11 +51,12 @@ WORKDIR /app
 COPY requirements/gpu.txt ./requirements/
 COPY pyproject.toml README.md LICENSE ./
 COPY synthia_vllm ./synthia_vllm
-# The image has vLLM and, with it, nearly all that we need; the rest, and what is too old, comes in
-# the locked versions. As constraints, which pip takes without their hashes.
-RUN grep -oE '^[a-zA-Z0-9._-]+==[^ ]+' requirements/gpu.txt >requirements/constraints.txt \
-    && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir \
-        -c requirements/constraints.txt .
+# The image has vLLM and, with it, nearly all that we need: its versions stay as they are. What it
+# lacks comes as it is locked; as constraints, which pip takes without their hashes.
+RUN python3 -m pip list --format=freeze | sed -E 's/[ =].*//; s/[_.]/-/g; s/.*/^&==/' >present \
+    && grep -oE '^[a-zA-Z0-9._-]+==[^ ]+' requirements/gpu.txt | grep -viEf present >constraints \
+    && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-cache-dir -c constraints . \
+    && rm present constraints
 RUN useradd --uid 10001 --create-home synthia && install -d -o synthia /cache
 ENV HOME=/cache XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface VLLM_CACHE_ROOT=/cache/vllm \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 SYNTHIA_HOST=0.0.0.0
