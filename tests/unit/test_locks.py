@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import pytest
+from locks import FILES, lock, pins
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -19,23 +21,9 @@ BY_ITSELF = {"torch", "torchvision", "torchaudio", "torchcodec"}
 """Installed from another index, or not wanted: see requirements/no-torch.in."""
 
 
-def lock(name: str) -> str:
-    return (ROOT / "requirements" / f"{name}.txt").read_text()
-
-
-def pins(name: str) -> dict[str, set[str]]:
-    """The versions of each package in a lock; more than one where markers choose."""
-    found: dict[str, set[str]] = {}
-    for package, version in re.findall(
-        r"^([a-z0-9._-]+)(?:\[[^]]*\])?==([^ ;\\]+)", lock(name), re.M
-    ):
-        found.setdefault(package, set()).add(version)
-    return found
-
-
 def inputs(name: str) -> list[str]:
     if name == "clients":
-        lines = (ROOT / "requirements" / "clients.in").read_text().splitlines()
+        lines = (FILES / "clients.in").read_text().splitlines()
         return [line for line in lines if line and not line.startswith("#")]
     wanted: list[str] = PROJECT["dependencies"] + EXTRAS[name]
     return wanted
@@ -73,3 +61,18 @@ def test_locks_agree() -> None:
     for package in {package for name in TOGETHER for package in pins(name)}:
         versions = {frozenset(pins(name).get(package, ())) for name in TOGETHER} - {frozenset()}
         assert len(versions) == 1, package
+
+
+def test_locks_are_complete() -> None:
+    """Installed as they stand, without a look at dependencies, the locks leave none out."""
+    locked = pins("cpu") | pins("dev")
+    for package in locked:
+        try:
+            requirements = requires(package) or ()
+        except PackageNotFoundError:  # for another Python or processor, or a machine with a GPU
+            continue
+        for requirement in map(Requirement, requirements):
+            name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+            if name in BY_ITSELF or (requirement.marker and not requirement.marker.evaluate()):
+                continue
+            assert any(map(requirement.specifier.contains, locked[name])), (package, requirement)
