@@ -53,7 +53,7 @@ test: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.
 test-unit: .venv/.dev .venv/.json-schema-suite
 	@$(BIN)/python -m pytest tests/unit $(PARALLEL) $(ARGS)
 
-check: .venv/.dev
+check: .venv/.dev .venv/.bench
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy

@@ -33,7 +33,7 @@ class Share:
 
 
 @dataclass(slots=True, eq=False)
-class Turn:
+class Position:
     """One request's position in the order."""
 
     share: Share
@@ -69,34 +69,34 @@ class FairShare:
         waiting = [other.weight for other in self._shares.values() if other.waiting]
         return max(1.0, sum(waiting) / share.weight)
 
-    def queue(self, share: Share, prompt_tokens: int, max_tokens: int, n: int) -> Turn:
+    def queue(self, share: Share, prompt_tokens: int, max_tokens: int, n: int) -> Position:
         """Stamp a request, and charge `share` with what it is expected to cost."""
         if not share.waiting:  # an idle user has saved nothing up
             share.counter = max(share.counter, self._virtual_time())
         expected = n * min(max_tokens, share.usual_answer)
         charged = (PROMPT_COST * prompt_tokens + ANSWER_COST * expected) / share.weight
-        turn = Turn(share, share.weight, share.counter, charged)
-        share.waiting.append(turn.stamp)
+        position = Position(share, share.weight, share.counter, charged)
+        share.waiting.append(position.stamp)
         share.counter += charged
-        return turn
+        return position
 
-    def begin(self, turn: Turn) -> None:
-        """The engine has begun the request of `turn`."""
-        if not turn.begun:
-            turn.begun = True
+    def begin(self, position: Position) -> None:
+        """The engine has begun the request of `position`."""
+        if not position.begun:
+            position.begun = True
             self._virtual_time()
-            turn.share.waiting.remove(turn.stamp)
-            self._floor = max(self._floor, turn.stamp)
+            position.share.waiting.remove(position.stamp)
+            self._floor = max(self._floor, position.stamp)
 
-    def settle(self, turn: Turn, prompt_tokens: int, answer_tokens: int) -> None:
-        """The request of `turn` is over: charge what ran of it instead."""
-        share = turn.share
+    def settle(self, position: Position, prompt_tokens: int, answer_tokens: int) -> None:
+        """The request of `position` is over: charge what ran of it instead."""
+        share = position.share
         if prompt_tokens:
-            self.begin(turn)
-        elif not turn.begun:
-            share.waiting.remove(turn.stamp)
+            self.begin(position)
+        elif not position.begun:
+            share.waiting.remove(position.stamp)
         cost = PROMPT_COST * prompt_tokens + ANSWER_COST * answer_tokens
-        share.counter += cost / turn.weight - turn.charged
+        share.counter += cost / position.weight - position.charged
         # Not below what has been stamped: a user's own requests keep their order.
         share.counter = max([share.counter, *share.waiting])
 

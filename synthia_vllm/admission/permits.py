@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from synthia_vllm.admission.fair_share import FairShare, Share, Turn
+from synthia_vllm.admission.fair_share import FairShare, Position, Share
 from synthia_vllm.admission.rate_limit import RateLimiter, RetryAfterEstimator
 from synthia_vllm.admission.users import User, Users
 from synthia_vllm.errors import RateLimited, Unavailable
@@ -186,7 +186,7 @@ class AdmissionController(Users):
 class LocalPermit(AdmissionPermit):
     """A permit of an `AdmissionController` in this process."""
 
-    __slots__ = ("_account", "_controller", "_places", "_reserved", "_turn")
+    __slots__ = ("_account", "_controller", "_places", "_position", "_reserved")
 
     def __init__(
         self, controller: AdmissionController, name: str, user: User, account: _Account
@@ -196,7 +196,7 @@ class LocalPermit(AdmissionPermit):
         self._account = account
         self._places = 0
         self._reserved = 0
-        self._turn: Turn | None = None
+        self._position: Position | None = None
 
     def occupy(self, places: int) -> None:
         """Take so many more of the server's places."""
@@ -222,17 +222,17 @@ class LocalPermit(AdmissionPermit):
         self.occupy(n - 1)
         self._reserved = need
         account.rates.take("tokens", need, now)
-        self._turn = controller._fair_share.queue(account.share, prompt_tokens, max_tokens, n)
-        return math.floor(self._turn.stamp)
+        self._position = controller._fair_share.queue(account.share, prompt_tokens, max_tokens, n)
+        return math.floor(self._position.stamp)
 
     def began(self) -> None:
-        if self._turn is not None:
-            self._controller._fair_share.begin(self._turn)
+        if self._position is not None:
+            self._controller._fair_share.begin(self._position)
 
     def leave(self, prompt_tokens: int, answer_tokens: int, finished: int) -> None:
         controller, account = self._controller, self._account
-        if self._turn is not None:
-            controller._fair_share.settle(self._turn, prompt_tokens, answer_tokens)
+        if self._position is not None:
+            controller._fair_share.settle(self._position, prompt_tokens, answer_tokens)
             unused = self._reserved - prompt_tokens - answer_tokens
             account.rates.take("tokens", -unused, controller._clock())
             controller._note_departure(self.user, account)

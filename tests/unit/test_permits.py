@@ -435,7 +435,7 @@ def test_priorities_are_whole_numbers_whatever_happens(users: Users) -> None:
         open_permits.append(permit)
         while len(open_permits) > 50:
             ended = open_permits.pop(draw.randrange(len(open_permits)))
-            if ended._turn is not None and draw.random() < 0.7:
+            if ended._position is not None and draw.random() < 0.7:
                 ended.began()
                 ended.leave(9, 99, 1)
             else:

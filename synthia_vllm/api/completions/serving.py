@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm.api.completions.protocol import DEFAULT_MAX_TOKENS, CompletionRequest
-from synthia_vllm.api.completions.text import Text, TextLogprobs, TokenDecoder
+from synthia_vllm.api.completions.text import CompletionText, TextLogprobs, TokenDecoder
 from synthia_vllm.engine.base import EngineRequest
 from synthia_vllm.errors import ContextOverflow, InvalidRequest
 from synthia_vllm.generate.response import Prepared, WithTokens, wanted_usage
@@ -64,7 +64,7 @@ async def prepare(call: Call) -> Prepared:
         if request.echo:
             echo = prompt if isinstance(prompt, str) else TokenDecoder(engine).text_of(token_ids)
         texts = [
-            Text(
+            CompletionText(
                 echo,
                 engine if request.prompt_logprobs is not None else None,
                 TextLogprobs(engine, token_ids, sampling.logprobs, echo=bool(request.echo))
@@ -173,7 +173,7 @@ def _check_scored(prompts: Sequence[Sequence[int]], top: int, limit: int) -> Non
         )
 
 
-def _told(texts: Iterable[Text]) -> Any:
+def _told(texts: Iterable[CompletionText]) -> Any:
     def tell(positions: PromptLogprobs) -> None:
         for text in texts:
             text.take_prompt(positions)

@@ -19,7 +19,7 @@ Entry = tuple[str, float | None, "dict[str, float] | None", int]
 """A token's text, its log-probability, those of the likeliest there, and where it begins."""
 
 
-class Text:
+class CompletionText:
     """One choice: what the engine says as it is, after the prompt if that is to be echoed."""
 
     __slots__ = ("_echo", "_logprobs", "_ruled", "_scored", "_shower", "_silent")

@@ -42,7 +42,7 @@ class DetokenizeRequest(StrictModel):
     model: str | None = Field(None, max_length=256)
 
 
-class Text(BaseModel):
+class DetokenizeResponse(BaseModel):
     """What tokens mean."""
 
     prompt: str

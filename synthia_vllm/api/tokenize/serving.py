@@ -9,7 +9,7 @@ from starlette.requests import Request  # noqa: TC002
 
 from synthia_vllm.api.tokenize.protocol import (
     DetokenizeRequest,
-    Text,
+    DetokenizeResponse,
     TokenizeRequest,
     TokenizerInfo,
     Tokens,
@@ -54,7 +54,7 @@ def attach(app: Application, state: ServerState) -> None:
         )
 
     @app.post("/detokenize")
-    async def detokenize(request: Request, response: Response) -> Text:
+    async def detokenize(request: Request, response: Response) -> DetokenizeResponse:
         """The text of tokens."""
         asked = await parse_body(DetokenizeRequest, state, request, response)
         check_model(asked, request)
@@ -65,7 +65,7 @@ def attach(app: Application, state: ServerState) -> None:
                 param="tokens",
                 code="invalid_value",
             )
-        return Text(prompt=await engine.detokenize(asked.tokens))
+        return DetokenizeResponse(prompt=await engine.detokenize(asked.tokens))
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> TokenizerInfo:
