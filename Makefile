@@ -64,7 +64,7 @@ check-config: .venv/.dev
 		"$$tool is not on this machine, and config/ is checked with it. kubectl comes from" \
 		"Kubernetes (1.27 or later); on Debian the other two are in the package prometheus." >&2; \
 		exit 1; }; done
-	@$(BIN)/python -m pytest tests/config $(ARGS)
+	@$(BIN)/python -m pytest tests/config $(PARALLEL) $(ARGS)
 
 check-image: .venv/.dev
 	@$(BIN)/python tests/image.py $(ARGS)

@@ -22,7 +22,7 @@ from lib.servers import free_port
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 
-CONFIG: Final = Path(__file__).parents[1] / "config"
+CONFIG: Final = Path(__file__).parents[2] / "config"
 _GUESTS: Final = tuple(f"guest{number}" for number in range(10))
 USERS: Final[dict[str, dict[str, Any]]] = {
     **{name: {} for name in _GUESTS},
