@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 from processes import COMMAND, LONG, alive, children, command, sockets, status
 from serving import free_port, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def test_sigterm_drains(demo: Path, tmp_path: Path) -> None:
@@ -56,20 +61,30 @@ def test_death_of_the_engine(demo: Path, tmp_path: Path, victim: str) -> None:
         assert process.wait(60) == 1
 
 
-def shared_memory() -> set[str]:
-    """Segments that vLLM's message queues and Python's semaphores use."""
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name[:3] in ("psm", "sem")}
+def shared_memory(pid: int) -> set[Path]:
+    """Segments that the process has mapped: those of vLLM's message queues."""
+    maps = Path(f"/proc/{pid}/maps").read_text()
+    return {Path(name) for name in re.findall(r"(/dev/shm/psm_\S+)", maps)}
 
 
-def test_death_of_the_server(demo: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory with a name short enough for the sockets in it."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as directory:
+        yield Path(directory)
+
+
+def test_death_of_the_server(
+    demo: Path, tmp_path: Path, short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """SIGKILL of the server: its engine ends too, and no memory or socket is left behind."""
-    before = shared_memory()
-    places = set(Path(tempfile.gettempdir()).glob("synthia-vllm-*"))
+    monkeypatch.setenv("TMPDIR", str(short_path))
     with command(demo, tmp_path / "log") as (process, url):
-        assert shared_memory() > before
-        assert set(Path(tempfile.gettempdir()).glob("synthia-vllm-*")) > places
-        # Nobody but the server holds the port: its processes are not forked from it.
         below = children(process.pid)
+        segments = set().union(*(shared_memory(pid) for pid, _ in below))
+        assert segments
+        assert len([*short_path.glob("synthia-vllm-*")]) == 2
+        # Nobody but the server holds the port: its processes are not forked from it.
         assert any("forkserver" in line for _, line in below)
         mine, theirs = sockets(process.pid), [sockets(pid) for pid, _ in below]
         assert mine
@@ -79,8 +94,9 @@ def test_death_of_the_server(demo: Path, tmp_path: Path) -> None:
             next(lines)
             process.kill()
     # `command` has seen the end of all processes.
-    wait_until(lambda: shared_memory() == before, 30)
-    assert set(Path(tempfile.gettempdir()).glob("synthia-vllm-*")) == places
+    wait_until(lambda: not any(segment.exists() for segment in segments), 30)
+    # Locks by which servers share processors stay.
+    assert [path.name[:19] for path in short_path.glob("synthia-*")] == ["synthia-vllm-cores-"]
 
 
 def test_second_sigterm_is_immediate(demo: Path, tmp_path: Path) -> None:
