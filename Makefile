@@ -24,7 +24,7 @@ BIN := .venv/bin
 ENGINE ?= $(shell for d in /dev/nvidiactl /dev/nvidia0 /dev/dxg; do [ -e $$d ] && echo gpu && exit; done; echo cpu)
 ARGS ?=
 # Two files of tests at a time: half of their time is waiting, and an engine on a CPU takes a core.
-PARALLEL := -n 2 --dist loadfile --durations 10
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 # vLLM runs on Python 3.11 to 3.13.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \

@@ -5,6 +5,8 @@ is ready, then takes work on standard input and answers on standard output, a JS
 
     {"prompts": ["USER: ...", ...], "tokens": 64}  ->  {"seconds": 0.9, "tokens": 128, ...}
 
+With ``"word": false`` answers are what the model says, and not one word over and over.
+
 Everything else that is printed goes to standard error. It ends with its input.
 """
 
@@ -24,7 +26,7 @@ from synthia_vllm.demo.checkpoint import ensure_demo
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    Answerer = Callable[[list[str], int], dict[str, Any]]
+    Answerer = Callable[[list[str], int, bool], dict[str, Any]]
 
 EXAMPLES = """\
 examples:
@@ -45,12 +47,12 @@ def offline(model: str, options: Sequence[str]) -> Answerer:
     )
     tokenizer = llm.get_tokenizer()
 
-    def answer(prompts: list[str], tokens: int) -> dict[str, Any]:
+    def answer(prompts: list[str], tokens: int, word: bool) -> dict[str, Any]:
         params = SamplingParams(
             max_tokens=tokens,
             temperature=0,
             ignore_eos=True,
-            logit_bias={int(WORD): 100},
+            logit_bias={int(WORD): 100} if word else None,
             stop=["USER:"],
         )
         ids = [TokensPrompt(prompt_token_ids=tokenizer.encode(text)) for text in prompts]
@@ -65,16 +67,20 @@ def offline(model: str, options: Sequence[str]) -> Answerer:
     return answer
 
 
-def transformers(model: str, _options: Sequence[str]) -> Answerer:
+def transformers(model: str, options: Sequence[str]) -> Answerer:
     """The card's `generate_text`, one prompt after the other, made to go on to the last token."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     device, dtype = ("cuda", torch.float16) if torch.cuda.is_available() else ("cpu", torch.float32)
-    llm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+    if "--load-format=dummy" in options:
+        with torch.device(device):
+            llm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=dtype)
+    else:
+        llm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(model)
 
-    def answer(prompts: list[str], tokens: int) -> dict[str, Any]:
+    def answer(prompts: list[str], tokens: int, word: bool) -> dict[str, Any]:
         made = asked = 0
         begun = time.perf_counter()
         for text in prompts:
@@ -107,21 +113,24 @@ def transformers(model: str, _options: Sequence[str]) -> Answerer:
 KINDS: Final = {"offline": offline, "transformers": transformers}
 
 
-def main(kind: str, options: Sequence[str]) -> int:
+def main(kind: str, model: str | None, options: Sequence[str]) -> int:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever the libraries and their processes print is no reply
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        "TORCH_COMPILE_DISABLE": "1",
     }
-    model = ensure_demo(lambda line: print(line, file=sys.stderr))
-    answer = KINDS[kind](str(model), options)
+    if "--enforce-eager" in options:
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"
+    if model is None:
+        model = str(ensure_demo(lambda line: print(line, file=sys.stderr)))
+    answer = KINDS[kind](model, options)
     print("{}", file=replies)
     for line in sys.stdin:
         work = json.loads(line)
-        print(json.dumps(answer(work["prompts"], work["tokens"])), file=replies)
+        reply = answer(work["prompts"], work["tokens"], work.get("word", True))
+        print(json.dumps(reply), file=replies)
     return 0
 
 
@@ -133,5 +142,6 @@ if __name__ == "__main__":
         allow_abbrev=False,
     )
     cli.add_argument("kind", choices=KINDS)
+    cli.add_argument("--model", help="a directory; default: the demo model")
     chosen, engine_options = cli.parse_known_args()
-    sys.exit(main(chosen.kind, engine_options))
+    sys.exit(main(chosen.kind, chosen.model, engine_options))

@@ -148,7 +148,7 @@ async def measure_prompts(
     """The sweeps over prompt lengths and over numbers of messages."""
 
     def load(words: int, messages: int) -> Talk:
-        return Talk("request", 8, 16, 1, True, words, messages)
+        return Talk("request", 8, 16, 1, True, words=words, messages=messages)
 
     # Words of each prompt, from what the server makes of some.
     each = (prompt_tokens(target, load(900, 1)) - prompt_tokens(target, load(100, 1))) / 800

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Final
 
 from lib.report import machine, say, spread, table, write_json
-from lib.servers import COMMAND, free_port, heed_sigterm, own_group
+from lib.servers import free_port, heed_sigterm, own_group, serve_command
 
 from synthia_vllm.demo.checkpoint import ensure_demo
 
@@ -91,7 +91,7 @@ async def start_once(model: str, options: list[str], environ: dict[str, str]) ->
     Raises `SystemExit` with the end of its log if it does not become ready.
     """
     port = free_port()
-    command = [COMMAND, "serve", "--model", model, "--port", str(port), "--log-level", "debug"]
+    command = [*serve_command(port, model), "--log-level", "debug"]
     begun = time.perf_counter()
     process = await asyncio.create_subprocess_exec(
         *command,

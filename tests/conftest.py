@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,12 @@ from synthia_vllm.engine.vllm.client import VllmEngine
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Beside another run of tests an engine of several threads waits for its own: they spin, each
+    # for the other's core. One is as fast for so small a model.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 20) -> None:
+def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
     """Return when `holds()` is true; fail if that takes longer than `seconds`."""
     deadline = time.monotonic() + seconds
     while not holds():

@@ -30,17 +30,24 @@ class Load:
     requests: int
     tokens: int
     streamed: bool
+    word: bool = True
+    """Answers are made of one word; else of whatever the model says, with no end to it."""
+
+    def conversation(self, number: int) -> list[dict[str, str]]:
+        """What request `number` asks."""
+        return [{"role": "user", "content": f"{number}: what is a seal?"}]
 
     def body(self, number: int) -> bytes:
         asked: dict[str, Any] = {
             "model": MODEL,
-            "messages": [{"role": "user", "content": f"{number}: what is a seal?"}],
+            "messages": self.conversation(number),
             "max_tokens": self.tokens,
             "temperature": 0,
             "ignore_eos": True,
-            "logit_bias": {WORD: 100},
             "stop": ["USER:"],
         }
+        if self.word:
+            asked["logit_bias"] = {WORD: 100}
         if self.streamed:
             asked |= {"stream": True, "stream_options": {"include_usage": True}}
         return json.dumps(asked).encode()

@@ -21,11 +21,11 @@ import psutil
 
 from lib.byte_client import Client, Found, Load
 from lib.report import say
-from lib.servers import ENGINE, Running, own_group, start
+from lib.servers import ENGINE, Running, environment, own_group, start
 from synthia_vllm.template.prompt import Message, normalize_messages, render
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator, Mapping, Sequence
 
 FIRST_TEXT: Final = re.compile(rb'"content": ?"[^"]')
 
@@ -119,15 +119,16 @@ class Direct:
     running: Running
     pipes: asyncio.subprocess.Process
 
-    async def _ask(self, prompts: list[str], tokens: int) -> dict[str, Any]:
+    async def _ask(self, prompts: list[str], tokens: int, word: bool) -> dict[str, Any]:
         assert self.pipes.stdin is not None
         assert self.pipes.stdout is not None
-        self.pipes.stdin.write(json.dumps({"prompts": prompts, "tokens": tokens}).encode() + b"\n")
+        work = {"prompts": prompts, "tokens": tokens, "word": word}
+        self.pipes.stdin.write(json.dumps(work).encode() + b"\n")
         reply: dict[str, Any] = json.loads(await self.pipes.stdout.readline())
         return reply
 
     async def prompt_tokens(self, load: Load) -> int:
-        return int((await self._ask([prompt(load, 0)], 1))["prompt_tokens"])
+        return int((await self._ask([prompt(load, 0)], 1, True))["prompt_tokens"])
 
     async def measure(self, load: Load, offset: int) -> Measured:
         measured = Measured()
@@ -135,7 +136,7 @@ class Direct:
         size = 1 if loop else load.connections
         for first in range(offset, offset + load.requests, size):
             prompts = [prompt(load, number) for number in range(first, first + size)]
-            reply = await self._ask(prompts, load.tokens)
+            reply = await self._ask(prompts, load.tokens, load.word)
             measured.seconds += reply["seconds"]
             measured.tokens += reply["tokens"]
             measured.answered += size
@@ -149,25 +150,43 @@ def prompt(load: Load, number: int) -> str:
     return render(normalize_messages([Message(turn["role"], turn["content"]) for turn in turns])[0])
 
 
+def flags(name: str, engine: Mapping[str, Any]) -> list[str]:
+    """Options of `AsyncEngineArgs`, as the target `name` takes them."""
+    found: list[str] = []
+    for option, value in engine.items():
+        text = json.dumps(value) if isinstance(value, dict) else str(value)
+        if name == "synthia":
+            found += ["--engine", f"{option}={text}"]
+        elif isinstance(value, bool):
+            found.append(f"--{'' if value else 'no-'}{option.replace('_', '-')}")
+        else:
+            found.append(f"--{option.replace('_', '-')}={text}")
+    return found
+
+
 @asynccontextmanager
-async def contestant(name: str, kv_cache_bytes: int) -> AsyncIterator[Contestant]:
-    """Start `name`; stop it at the end."""
+async def contestant(
+    name: str,
+    engine: Mapping[str, Any],
+    *options: str,
+    model: str = "demo",
+    log: Path | None = None,
+) -> AsyncIterator[Contestant]:
+    """Start `name` with options of the engine's, and `options` of its own; stop it at the end."""
     if name not in DIRECT:
-        option = f"kv_cache_memory_bytes={kv_cache_bytes}"
-        ours = name == "synthia"
-        options = ["--engine", option] if ours else ["--" + option.replace("_", "-")]
-        async with start(name, *options) as running:
+        async with start(name, *flags(name, engine), *options, model=model, log=log) as running:
             yield Served(running)
         return
     say(f"starting {name}")
     command = [sys.executable, str(Path(__file__).parents[1] / "direct.py"), name]
-    command += [*ENGINE, f"--kv-cache-memory-bytes={kv_cache_bytes}"]
-    with tempfile.TemporaryFile() as log:
+    command += [*(ENGINE if model == "demo" else ("--model", model)), *flags(name, engine)]
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryDirectory(prefix="bench-") as place:
         process = await asyncio.create_subprocess_exec(
             *command,
+            env=environment(Path(place)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=file,
             preexec_fn=own_group,
         )
         assert process.stdin is not None
@@ -175,8 +194,8 @@ async def contestant(name: str, kv_cache_bytes: int) -> AsyncIterator[Contestant
         family: list[psutil.Process] = []
         try:
             if not await process.stdout.readline():
-                log.seek(0)
-                raise SystemExit(f"{name} did not start:\n{log.read().decode()[-4000:]}")
+                file.seek(0)
+                raise SystemExit(f"{name} did not start:\n{file.read().decode()[-4000:]}")
             first = psutil.Process(process.pid)
             family = [first, *first.children(recursive=True)]
             yield Direct(Running(name, "", first, ()), process)
@@ -199,7 +218,8 @@ async def begin(
 
     async def one(name: str) -> Contestant:
         async with places:
-            return await stack.enter_async_context(contestant(name, kv_cache_bytes))
+            engine = {"kv_cache_memory_bytes": kv_cache_bytes}
+            return await stack.enter_async_context(contestant(name, engine))
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(one(name)) for name in names]

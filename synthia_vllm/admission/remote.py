@@ -13,8 +13,9 @@ asked:
     ["runs", ids]                               the engine has taken a request, under these ids
     ["ran", ids]                                and is done with it
 
-It may be told, unasked, ``["reload"]`` the key file, and to ``["abort", ids]`` in the engine what
-a process that died has left there. A process that is gone gives back all it had.
+It is told, unasked, to ``["serve"]``, now that all others can, to ``["reload"]`` the key file, and
+to ``["abort", ids]`` in the engine what a process that died has left there. A process that is gone
+gives back all it had.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class _Line(asyncio.Protocol, ABC):
 class AdmissionServer(_Line):
     """Where the accounts of `admission` are kept for one API process.
 
-    `on_batch` is called with the size of the engine's batch, once the process serves; `on_gone`
+    `on_batch` is called with the size of the engine's batch, once the process can serve; `on_gone`
     with the engine's ids of what it ran, when it is gone.
     """
 
@@ -157,6 +158,7 @@ class AdmissionClient(Users, _Line):
         self.on_bad_keys: Callable[[], None] = lambda: None
         """Counts a key file that could not be used; who keeps the accounts has logged it."""
         self._abort: asyncio.Future[None] | None = None
+        self._may_serve = asyncio.Event()
         self._numbers = itertools.count()
         self._asked: deque[tuple[str, asyncio.Future[Any]]] = deque()
         self._headers: dict[str, list[tuple[bytes, bytes]]] = {}
@@ -176,8 +178,12 @@ class AdmissionClient(Users, _Line):
         return permit
 
     def set_batch(self, size: int) -> None:
-        """As `AdmissionController.set_batch`; it also says that this process serves."""
+        """As `AdmissionController.set_batch`; it also says that this process can serve."""
         self.tell("batch", size)
+
+    async def may_serve(self) -> None:
+        """Return when all API processes can: a client that one of them has called meets any."""
+        await self._may_serve.wait()
 
     def headers(self, name: str) -> list[tuple[bytes, bytes]]:
         """As `AdmissionController.headers`, as it was told last."""
@@ -198,6 +204,8 @@ class AdmissionClient(Users, _Line):
                 self._settle(headers, value, None)
             case ["refused", kind, text, more, headers]:
                 self._settle(headers, None, _REFUSALS[kind](text, more))
+            case ["serve"]:
+                self._may_serve.set()
             case ["reload"]:
                 try:
                     super().reload()

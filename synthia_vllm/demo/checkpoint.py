@@ -27,7 +27,6 @@ from synthia_vllm.demo.training import (
     BOS,
     EOS,
     RECIPE,
-    SPECIAL,
     Recipe,
     lessons,
     mistral_tokenizer,
@@ -162,10 +161,9 @@ def _build(directory: Path, recipe: Recipe, progress: Callable[[str], None]) -> 
     """Write a whole checkpoint in Hugging Face's layout into `directory`."""
     progress("demo model: loading torch and transformers (once, then it is cached)")
     from safetensors.torch import save
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = mistral_tokenizer()
-    config, weights = train(tokenizer, recipe, progress)
+    config, weights = train(tokenizer.tokenizer(), recipe, progress)
     progress("demo model: writing it to the cache")
     config.save_pretrained(directory)
     (directory / "model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
@@ -173,12 +171,7 @@ def _build(directory: Path, recipe: Recipe, progress: Callable[[str], None]) -> 
     (directory / "generation_config.json").write_text(
         json.dumps({"bos_token_id": BOS, "eos_token_id": EOS}, indent=2) + "\n"
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        **SPECIAL,
-        clean_up_tokenization_spaces=False,
-        model_max_length=config.max_position_embeddings,
-    ).save_pretrained(directory)
+    tokenizer.save(directory, {}, config.max_position_embeddings)
 
 
 if __name__ == "__main__":

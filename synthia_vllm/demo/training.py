@@ -23,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from synthia_vllm.engine.tokenizer_model import TokenizerModel
 from synthia_vllm.template.formats import DOCUMENTED, EXAMPLE, PromptFormat
 from synthia_vllm.template.prompt import TREE_OF_THOUGHT, Message, render
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 _DATA: Final = "dialogues.json"
 BOS, EOS = 1, 2
-SPECIAL: Final = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _LONE_SPACE: Final = 28705
 """The token of a bare space, in which a prompt of the ``example`` format ends."""
 _SAY_EVERY_S: Final = 2.0
@@ -49,7 +49,7 @@ class Turn:
 class Recipe:
     """Everything besides the dialogues that decides the weights; part of the directory's name."""
 
-    version: int = 1
+    version: int = 2
     """To be raised when the code below changes what is made of the same numbers."""
     seed: int = 0
     hidden: int = 256
@@ -96,56 +96,11 @@ def lessons() -> dict[str, Any]:
 # --- The tokenizer -------------------------------------------------------------------------------
 
 
-def mistral_tokenizer() -> Any:
-    """The tokenizer of Mistral-7B-v0.1, as a `tokenizers.Tokenizer`.
-
-    Its ids are SentencePiece's own, with ``<s>`` in front: the text gets a leading space, is not
-    normalised otherwise, and characters without a piece become bytes.
-    """
+def mistral_tokenizer() -> TokenizerModel:
+    """The tokenizer of Mistral-7B-v0.1, which is Synthia's."""
     import mistral_common
-    from sentencepiece import SentencePieceProcessor
-    from tokenizers import AddedToken, Tokenizer, decoders, normalizers, processors
-    from tokenizers.models import BPE
 
-    file = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-    pieces = SentencePieceProcessor(model_file=str(file))
-    vocabulary = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
-    # SentencePiece joins the two neighbours that form the piece of the best score. A merge list
-    # says the same: every way to cut a piece in two pieces, best pieces first.
-    merges = sorted(
-        (-pieces.get_score(number), vocabulary[piece[:cut]], vocabulary[piece[cut:]])
-        for piece, number in vocabulary.items()
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
-    )
-    names = list(vocabulary)
-    tokenizer = Tokenizer(
-        BPE(
-            vocab=vocabulary,
-            merges=[(names[left], names[right]) for _, left, right in merges],
-            unk_token=SPECIAL["unk_token"],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-    )
-    tokenizer.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in SPECIAL.values()]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[(SPECIAL["bos_token"], BOS)]
-    )
-    return tokenizer
+    return TokenizerModel(Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1")
 
 
 # --- What it reads -------------------------------------------------------------------------------

@@ -177,6 +177,7 @@ class ServerState:
         try:
             await self.engine.start(progress)
             self.admission.set_batch(self.engine.model_info.max_num_seqs)
+            await self.admission.may_serve()
             self.metrics.engine_places.set(self.engine.model_info.max_num_seqs)
             # What is there now stays: torch and vLLM alone are a million objects, and looking
             # through them for garbage was a third of the CPU of streaming, in pauses of 0.3 s.

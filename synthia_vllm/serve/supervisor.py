@@ -66,6 +66,7 @@ class _Worker:
     process: BaseProcess
     admission: AdmissionServer
     serves: bool = False
+    """Or could, if all did."""
 
 
 class Supervisor:
@@ -150,6 +151,8 @@ class Supervisor:
             self._reload_keys()
             for _ in range(self._replace_workers()):
                 await self._spawn_worker()
+            if self._workers:
+                self._note_ready()  # one that all waited for may have ended
             await asyncio.sleep(_TICK_SECONDS)
 
     async def _notify_clients(self) -> None:
@@ -178,6 +181,8 @@ class Supervisor:
         def ready(batch: int) -> None:
             worker.serves = True
             self.admission.set_batch(batch)
+            if self._phase == "serving":
+                admission.tell("serve")
             self._note_ready()
             if self._abandoned:
                 worker.admission.tell("abort", self._abandoned)
@@ -200,6 +205,8 @@ class Supervisor:
     def _note_ready(self) -> None:
         if self._phase == "starting" and all(worker.serves for worker in self._workers):
             self._phase = "serving"
+            for worker in self._workers:
+                worker.admission.tell("serve")
             settings = self._settings
             host, port = settings.host, self._port.getsockname()[1]
             names = ", ".join(settings.served)

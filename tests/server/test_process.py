@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +68,11 @@ def shared_memory(pid: int) -> set[Path]:
     return {Path(name) for name in re.findall(r"(/dev/shm/psm_\S+)", maps)}
 
 
+def run_directories(place: Path) -> list[Path]:
+    """Of servers that run, or have left them; the locks by which they share processors stay."""
+    return [path for path in place.glob("synthia-vllm-*") if "-cores-" not in path.name]
+
+
 @pytest.fixture
 def short_path() -> Iterator[Path]:
     """A directory with a name short enough for the sockets in it."""
@@ -83,7 +89,7 @@ def test_death_of_the_server(
         below = children(process.pid)
         segments = set().union(*(shared_memory(pid) for pid, _ in below))
         assert segments
-        assert len([*short_path.glob("synthia-vllm-*")]) == 2
+        assert run_directories(short_path)
         # Nobody but the server holds the port: its processes are not forked from it.
         assert any("forkserver" in line for _, line in below)
         mine, theirs = sockets(process.pid), [sockets(pid) for pid, _ in below]
@@ -94,9 +100,25 @@ def test_death_of_the_server(
             next(lines)
             process.kill()
     # `command` has seen the end of all processes.
-    wait_until(lambda: not any(segment.exists() for segment in segments), 30)
-    # Locks by which servers share processors stay.
-    assert [path.name[:19] for path in short_path.glob("synthia-*")] == ["synthia-vllm-cores-"]
+    wait_until(lambda: not any(segment.exists() for segment in segments))
+    assert not run_directories(short_path)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_as_on_a_gpu(demo: Path, tmp_path: Path, workers: str) -> None:
+    """Processes are spawned, nothing is forked; it serves, and ends with its children, the same."""
+    program = (sys.executable, str(Path(__file__).parents[1] / "as_gpu.py"))
+    flags = ("--api-workers", workers)
+    with command(demo, tmp_path / "log", *flags, program=program) as (process, url):
+        lines = [line for _, line in children(process.pid)]
+        assert any("EngineCore" in line or "spawn_main" in line for line in lines)
+        assert not any("forkserver" in line and "coordinator" not in line for line in lines), lines
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as response:
+            last = [line for line in response.iter_lines() if line][-1]
+        assert last == "data: [DONE]"
+        process.terminate()
+        assert process.wait(60) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_second_sigterm_is_immediate(demo: Path, tmp_path: Path) -> None:
@@ -141,7 +163,7 @@ def test_sigterm_while_starting(demo: Path, tmp_path: Path) -> None:
         below = [pid for pid, _ in children(process.pid)]
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
-        wait_until(lambda: not any(alive(pid) for pid in below), 30)
+        wait_until(lambda: not any(alive(pid) for pid in below))
         assert "Traceback" not in (tmp_path / "log").read_text()
     finally:
         if process.poll() is None:

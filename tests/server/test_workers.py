@@ -253,5 +253,5 @@ def test_death_of_the_supervisor(demo: Path, tmp_path: Path) -> None:
             assert "Cannot listen on" in other.stderr
         below = [pid for pid, _ in children(process.pid)]
         process.kill()
-        wait_until(lambda: not any(alive(pid) for pid in below), 10)
+        wait_until(lambda: not any(alive(pid) for pid in below))
         assert status(f"{url}/ready") == 0

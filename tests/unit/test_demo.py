@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from synthia_vllm.demo.checkpoint import directory, ensure_demo
 from synthia_vllm.demo.training import Recipe, dialogues, mistral_tokenizer
 from synthia_vllm.errors import StartupError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TINY = Recipe(steps=2, extra_rounds=0)
 
@@ -27,36 +29,14 @@ def test_lessons_are_well_formed() -> None:
             assert not any(marker in text for marker in ("USER:", "ASSISTANT:", "SYSTEM:"))
 
 
-TEXTS = [
-    "USER: Hello!\nASSISTANT:",
-    "USER: Hello! \nASSISTANT: ",
-    " leading",
-    "two  spaces",
-    "tab\there",
-    "café, naïve, Übung",
-    "クジラ 鯨",
-    "μῆνις",
-    "😀🐳",
-    "1234567890",
-    "a\r\nb\u2028c",
-    "\u200b",
-    "x" * 30,
-    '{"a": [1, 2]}',
-    "SYSTEM: Elaborate on the topic using a Tree of Thoughts",
-]
-
-
-def test_tokenizer_is_mistrals() -> None:
-    """The ids are `<s>` and SentencePiece's own, for texts of all kinds."""
-    import mistral_common
-    from sentencepiece import SentencePieceProcessor
-
-    file = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
-    pieces = SentencePieceProcessor(model_file=str(file))
-    tokenizer = mistral_tokenizer()
-    for text in [*TEXTS, *(turn.assistant for dialogue in dialogues() for turn in dialogue)]:
-        assert tokenizer.encode(text).ids == [1, *pieces.encode(text)], text
-    assert tokenizer.encode("ASSISTANT: ").ids[-1] == 28705
+def test_answers_are_read_as_by_sentencepiece() -> None:
+    """The ids of all that the model is taught are `<s>` and SentencePiece's own."""
+    model = mistral_tokenizer()
+    encode = model.tokenizer().encode
+    for turn in (turn for dialogue in dialogues() for turn in dialogue):
+        for text in (turn.user, turn.assistant):
+            assert encode(text).ids == model.encode(text)
+    assert encode("ASSISTANT: ").ids[-1] == 28705
 
 
 def test_another_recipe_is_another_model(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 
 
 @dataclass
-class Office:
-    """One set of accounts, with the desks and the API processes' sides of their lines."""
+class Accounts:
+    """One set of accounts, with both ends of the API processes' lines."""
 
     file: Path | None = None
     max_requests: int = 100
@@ -80,8 +80,8 @@ def key_file(path: Path, **users: dict[str, object]) -> Path:
 @in_loop
 async def test_limits_hold_over_all(tmp_path: Path) -> None:
     """Two processes: what one user has taken in one is gone in the other."""
-    office = Office(key_file(tmp_path / "keys", alice={"requests_per_minute": 3}, bob={}))
-    async with office.line() as (one, _), office.line() as (two, _):
+    accounts = Accounts(key_file(tmp_path / "keys", alice={"requests_per_minute": 3}, bob={}))
+    async with accounts.line() as (one, _), accounts.line() as (two, _):
         for process in (one, two, one):
             assert (await process.admit("alice")).user.requests_per_minute == 3
         with pytest.raises(RateLimited) as refused:
@@ -96,15 +96,15 @@ async def test_limits_hold_over_all(tmp_path: Path) -> None:
 @in_loop
 async def test_places_are_counted_over_all() -> None:
     """The bound of requests holds over all processes, and a place given back serves any."""
-    office = Office(max_requests=2)
-    async with office.line() as (one, _), office.line() as (two, _):
+    accounts = Accounts(max_requests=2)
+    async with accounts.line() as (one, _), accounts.line() as (two, _):
         first = await one.admit(ANONYMOUS)
         await two.admit(ANONYMOUS)
         with pytest.raises(Unavailable) as full:
             await two.admit(ANONYMOUS)
         assert full.value.code == "server_full"
         first.leave(0, 0, 0)
-        await until(lambda: office.admission.in_flight == 1)
+        await until(lambda: accounts.admission.in_flight == 1)
         await two.admit(ANONYMOUS)
 
 
@@ -112,8 +112,11 @@ async def test_places_are_counted_over_all() -> None:
 async def test_turns_are_those_of_one_process(tmp_path: Path) -> None:
     """Priorities, and the counters behind them, are what one controller by itself decides."""
     file = key_file(tmp_path / "keys", alice={"weight": 2.0}, bob={})
-    office, alone = Office(file), AdmissionController(file, max_requests=100, max_queue_seconds=1e9)
-    async with office.line() as (one, _), office.line() as (two, _):
+    accounts, alone = (
+        Accounts(file),
+        AdmissionController(file, max_requests=100, max_queue_seconds=1e9),
+    )
+    async with accounts.line() as (one, _), accounts.line() as (two, _):
         for process, name, prompt, answer in (
             (one, "alice", 100, 50), (two, "alice", 10, 9), (two, "bob", 7, 300),
             (one, "bob", 900, 2), (one, "alice", 30, 30),
@@ -123,15 +126,15 @@ async def test_turns_are_those_of_one_process(tmp_path: Path) -> None:
             for either in (place, permit):
                 either.began()
                 either.leave(prompt, answer, 1)
-        await until(lambda: not office.admission.in_flight)
+        await until(lambda: not accounts.admission.in_flight)
 
 
 @in_loop
 async def test_who_is_gone_gives_all_back(tmp_path: Path) -> None:
     """A process that dies: places, tokens, turns; and its runs are named."""
-    office = Office(key_file(tmp_path / "keys", alice={"tokens_per_minute": 1000}))
-    async with office.line() as (two, _):
-        async with office.line() as (one, _):
+    accounts = Accounts(key_file(tmp_path / "keys", alice={"tokens_per_minute": 1000}))
+    async with accounts.line() as (two, _):
+        async with accounts.line() as (one, _):
             waiting, running = await one.admit("alice"), await one.admit("alice")
             await one.admit("alice")
             await waiting.claim(10, 300, 1)
@@ -140,10 +143,10 @@ async def test_who_is_gone_gives_all_back(tmp_path: Path) -> None:
             one.tell("runs", ["a", "b"])
             one.tell("runs", ["c"])
             one.tell("ran", ["a", "b"])
-            await until(lambda: office.admission.in_flight == 4)
+            await until(lambda: accounts.admission.in_flight == 4)
             await one.admit("alice")  # all before it has been taken
-        assert office.gone == [["c"]]
-        assert office.admission.in_flight == 0
+        assert accounts.gone == [["c"]]
+        assert accounts.admission.in_flight == 0
         place = await two.admit("alice")
         await place.claim(10, 900, 1)
         assert dict(two.headers("alice"))[b"x-ratelimit-remaining-tokens"] == b"90"
@@ -152,15 +155,15 @@ async def test_who_is_gone_gives_all_back(tmp_path: Path) -> None:
 @in_loop
 async def test_a_client_that_leaves_while_it_is_decided() -> None:
     """A place that nobody waits for any more is given back, refused or not."""
-    office = Office(max_requests=1)
-    async with office.line() as (one, _):
+    accounts = Accounts(max_requests=1)
+    async with accounts.line() as (one, _):
         for _ in range(2):
             asking = [asyncio.create_task(one.admit(ANONYMOUS)) for _ in range(2)]
             await asyncio.sleep(0)
             for task in asking:
                 task.cancel()
             await asyncio.wait(asking)
-            await until(lambda: office.admission.in_flight == 0)
+            await until(lambda: accounts.admission.in_flight == 0)
         (await one.admit(ANONYMOUS)).leave(0, 0, 0)
 
 
@@ -168,19 +171,19 @@ async def test_a_client_that_leaves_while_it_is_decided() -> None:
 async def test_news(tmp_path: Path) -> None:
     """The batch is told up; keys and what to abort are told down."""
     file = key_file(tmp_path / "keys", alice={})
-    office, aborted = Office(file), []
+    accounts, aborted = Accounts(file), []
 
     async def abort(ids: list[str]) -> None:
         aborted.append(ids)
 
-    async with office.line() as (one, line):
+    async with accounts.line() as (one, line):
         one.on_abort = abort
         one.set_batch(64)
-        await until(lambda: office.batches == [64])
+        await until(lambda: accounts.batches == [64])
         place = await one.admit("alice")
         key_file(file, bob={})
         assert not one.reload(only_if_changed=True)
-        office.admission.reload()
+        accounts.admission.reload()
         with pytest.raises(Unauthorized):  # its keys are still known here
             await one.admit("alice")
         place.leave(0, 0, 0)
@@ -200,8 +203,8 @@ async def test_news(tmp_path: Path) -> None:
 @in_loop
 async def test_nobody_at_the_desk() -> None:
     """When the accounts are gone, who asks is told to come back, and nobody waits for ever."""
-    office = Office()
-    async with office.line() as (one, line):
+    accounts = Accounts()
+    async with accounts.line() as (one, line):
         asking = asyncio.create_task(one.admit(ANONYMOUS))
         await asyncio.sleep(0)
         assert line._transport is not None
@@ -210,3 +213,17 @@ async def test_nobody_at_the_desk() -> None:
             await asking
         with pytest.raises(Unavailable):
             await one.admit(ANONYMOUS)
+
+
+@in_loop
+async def test_none_serves_before_all_can() -> None:
+    """An API process that is ready waits until it is told that the others are, too."""
+    accounts = Accounts()
+    async with accounts.line() as (one, line):
+        one.set_batch(8)
+        waiting = asyncio.ensure_future(one.may_serve())
+        await until(lambda: accounts.batches == [8])
+        assert not waiting.done()
+        line.tell("serve")
+        await until(waiting.done)
+    await accounts.admission.may_serve()  # alone it need not wait

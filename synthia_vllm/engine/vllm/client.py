@@ -32,7 +32,8 @@ from synthia_vllm.engine.vllm.options import engine_args, shared_config, version
 from synthia_vllm.engine.vllm.request import RunningRequest
 from synthia_vllm.engine.vllm.sampling_params import sampling_params
 from synthia_vllm.engine.vllm.telemetry import stat_logger, trace_phases
-from synthia_vllm.engine.vllm.tokenizer import Tokenizer
+from synthia_vllm.engine.vllm.tokenizer import BOS, Tokenizer
+from synthia_vllm.engine.vllm.tokenizer_files import settle_tokenizer
 from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
 
 if TYPE_CHECKING:
@@ -111,6 +112,10 @@ class VllmEngine:
 
         arrange_processes()
         args = engine_args(self._model, self._options, self._name)
+        if self._run_directory is not None:
+            settle_tokenizer(args, self._run_directory, progress)
+        elif self._client_config is not None:
+            args.tokenizer = self._client_config.tokenizer
         if self._closed:
             raise StartupError("The server was stopped while it started.")
         progress("starting the engine process, reading weights, allocating the KV cache")
@@ -165,7 +170,7 @@ class VllmEngine:
             vocab_size=llm.model_config.get_vocab_size(),
             longest_token=tokenizer.longest_token,
             special_tokens=tokenizer.special_tokens,
-            bos=tokenizer.bos,
+            bos=BOS,
             eos=tokenizer.eos,
             max_logprobs=llm.model_config.max_logprobs,
             max_num_seqs=scheduler.max_num_seqs

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from synthia_vllm.engine.vllm import cores, forkserver, watchdog
 from synthia_vllm.engine.vllm.errors import translate_startup_errors
 from synthia_vllm.engine.vllm.options import engine_args, prepare_environment, shared_config
+from synthia_vllm.engine.vllm.tokenizer_files import settle_tokenizer
 from synthia_vllm.errors import EngineDead, StartupError
 from synthia_vllm.settings import gpu_present
 from synthia_vllm.telemetry import metrics
@@ -53,6 +54,8 @@ class EngineClientConfig:
     """vLLM's, with the sockets that the engine cores connect to."""
     engine_pids: tuple[int, ...]
     """When one of these ends, the engine is dead."""
+    tokenizer: str | None
+    """Where it is, if not with the model (`settle_tokenizer`)."""
 
     def close_sockets(self) -> None:
         """Close the sockets here: the process that was given them has its own."""
@@ -92,6 +95,7 @@ class EngineCores:
 
             arrange_processes()
             args = engine_args(self._model, self._options, self._name)
+            settle_tokenizer(args, self._run_directory, progress)
             config = shared_config(args, clients, -1)
             if self._closed:
                 raise StartupError("The server was stopped while it started.")
@@ -122,6 +126,7 @@ class EngineCores:
                         **more,
                     },
                     tuple(process.pid for process in processes),
+                    args.tokenizer,
                 )
                 for number, (taking, giving) in enumerate(
                     zip(self._listeners.inputs, self._listeners.outputs, strict=True)

