@@ -14,11 +14,10 @@ import httpx
 import pytest
 import torch
 from checkpoints import QUANTISED, SPECIAL, TOKENIZER, write_model, write_quantised, write_tokenizer
-from serving import running
+from processes import command
 from vllm.tokenizers import get_tokenizer
 
 from synthia_vllm.demo.training import dialogues, mistral_tokenizer
-from synthia_vllm.engine.vllm.client import VllmEngine
 from synthia_vllm.engine.vllm.hub import check_model, quantisation
 from synthia_vllm.engine.vllm.options import engine_args
 from synthia_vllm.engine.vllm.tokenizer import Tokenizer, encoders
@@ -193,11 +192,12 @@ KNOWN = [(dialogue[0].user, dialogue[0].assistant) for dialogue in dialogues()]
 
 
 @contextmanager
-def served(directory: Path, **options: Any) -> Iterator[str]:
-    """The model in `directory` behind a server; its URL."""
-    engine = VllmEngine(str(directory), options, name=NAME)
-    with running(engine, served_name=NAME) as here:
-        yield here.url
+def served(demo: Path, directory: Path, *flags: str) -> Iterator[str]:
+    """The model in `directory` behind a server of its own; its URL."""
+    flags = ("--model", str(directory), *flags)
+    with command(demo, directory.with_suffix(".log"), *flags) as (process, url):
+        yield url
+        process.kill()
 
 
 def ask(url: str, question: str, **more: Any) -> Any:
@@ -228,7 +228,7 @@ def test_every_layout_gives_the_same_answers(layout: str, demo: Path, tmp_path: 
     directory = tmp_path / NAME
     write_model(demo, directory, **model)
     write_tokenizer(directory, **tokenizer)
-    with served(directory, max_model_len=2048) as url:
+    with served(demo, directory, "--engine", "max_model_len=2048") as url:
         assert answers(url) == KNOWN
         streamed = ask(url, KNOWN[0][0], stream=True).text
         deltas = re.findall(r'"content":("(?:[^"\\]|\\.)*")', streamed)
@@ -297,7 +297,7 @@ def test_quantised(kind: str, demo: Path, tmp_path: Path) -> None:
     directory = tmp_path / NAME
     write_quantised(demo, directory, kind)
     write_tokenizer(directory)
-    with served(directory) as url:
+    with served(demo, directory) as url:
         same = sum(found == known for found, known in zip(answers(url), KNOWN, strict=True))
     assert same > 0.8 * len(KNOWN)
 
