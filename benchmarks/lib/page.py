@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import statistics
 from datetime import datetime
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
 from lib.campaign import ITL_GOAL_MS, TTFT_GOAL_MS
@@ -54,7 +55,7 @@ def write_page(book: Book) -> None:
         by_load.setdefault(load, {})[label] = figures | more
     for load, found in by_load.items():
         parts += [f"## {load}", _table(found), _ratios(found)]
-    if by_load:
+    if by_load and find_spec("matplotlib"):  # a lent machine may lack it
         _plot(by_load, book.directory / "throughput.png")
         parts.append("![tokens a second](throughput.png)")
     failed = {note["label"]: note["failed"] for note in book.notes if "failed" in note}

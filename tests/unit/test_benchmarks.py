@@ -6,11 +6,15 @@ import itertools
 import json
 import math
 import statistics
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from gpu.run import variant
 from lib.bench_client import Answer
+from lib.campaign import Book, Item, Visit
+from lib.page import write_page
 from lib.score import good
 from lib.workloads import SHAPES, Shape, arrivals, conversations, read_trace
 from load import goal, next_rate
@@ -142,3 +146,44 @@ def test_a_sweep_closes_in() -> None:
             steps += 1
         assert met <= limit < missed <= 1.1 * met
         assert steps <= 12
+
+
+FIGURES = {"seconds": 2.0, "tokens": 100, "tokens_per_second": 50.0, "at": 0.0}
+ITEMS = (Item("lengths", 8, 4, 2), Item("sharegpt", rate=2.0))
+VISIT = Visit("synthia", "synthia", {}, ITEMS, "demo", True)
+
+
+def test_a_campaign_goes_on_where_it_ended(tmp_path: Path) -> None:
+    """What is in the book is not missing, also for who opens it anew; and each is on the page."""
+    setting = {"gpu": "", "machine": "a CPU", "rehearsal": True, "date": "now", "model": "demo"}
+    setting |= {"packages": {"vllm": "0"}, "command": "run.py", "preset": {}}
+    book = Book(tmp_path, setting)
+    first, second = VISIT.items
+    assert book.missing(VISIT) == [first, second]
+    book.note(VISIT, first, FIGURES)
+    book.note_failure(VISIT, "no memory\nleft")
+    again = Book(tmp_path, setting)
+    assert again.missing(VISIT) == [second]
+    assert again.estimate(VISIT, first) == pytest.approx(2.4)
+    write_page(again)
+    page = (tmp_path / "page.md").read_text()
+    assert "rehearsal" in page
+    assert "## 8/4, 2 at once" in page
+    assert "- synthia: `left`" in page
+    drawn = (tmp_path / "throughput.png").exists()
+    assert drawn == ("throughput.png" in page) == (find_spec("matplotlib") is not None)
+
+
+def test_variants_of_a_preset() -> None:
+    """A number is times the preset's, None is vLLM's default, a mapping goes over the preset's."""
+    preset = {"max_num_seqs": 100, "quantization": "fp8", "compilation_config": {"mode": 3}}
+    assert variant(preset, {}) == preset
+    assert variant(preset, {"*": None}) == {}
+    changes = {"max_num_seqs": 0.5, "quantization": None, "compilation_config": {"x": 1}}
+    assert variant(
+        preset, changes | {"async_scheduling": False, "max_num_batched_tokens": 2.0}
+    ) == {
+        "max_num_seqs": 50,
+        "compilation_config": {"mode": 3, "x": 1},
+        "async_scheduling": False,
+    }
