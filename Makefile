@@ -4,6 +4,7 @@
 #   make serve                     serve the default model of this machine
 #   make serve ARGS="--port 8123"  ... with flags for `synthia-vllm serve`
 #   make test                      run the tests (and set up what they need)
+#   make test-all                  those too that take minutes and guard what seldom changes
 #   make check                     lint and type-check
 #   make check-config              check config/: needs kubectl, prometheus and promtool
 #   make check-image               build the Dockerfile's CPU image and try it: as root, on Debian
@@ -18,7 +19,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-unit check check-config check-image check-vllm lock config format bench clean
+.PHONY: help serve test test-all test-due test-unit check check-config check-image check-vllm lock config format bench clean
 
 BIN := .venv/bin
 ENGINE ?= $(shell for d in /dev/nvidiactl /dev/nvidia0 /dev/dxg; do [ -e $$d ] && echo gpu && exit; done; echo cpu)
@@ -48,7 +49,20 @@ serve: .venv/.engine-$(ENGINE)
 	@exec $(BIN)/synthia-vllm serve $(ARGS)
 
 test: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node
+	@$(BIN)/python -m pytest -m "not costly" $(PARALLEL) $(ARGS)
+
+# What the costly tests are about, as it was when they passed last: .ci/run has them run when that is
+# no longer what it is.
+GUARDED := synthia_vllm/engine synthia_vllm/serve synthia_vllm/demo synthia_vllm/cli/evaluate.py synthia_vllm/generate \
+	requirements/cpu.txt tests/checkpoints.py tests/server/test_models.py tests/server/test_evaluation.py
+guarded = $$(git ls-files -z $(GUARDED) | xargs -0 sha256sum | sha256sum)
+
+test-all: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	@echo "$(guarded)" >tests/costly.sha256
+
+test-due:
+	@if [ "$(guarded)" = "$$(cat tests/costly.sha256)" ]; then echo test; else echo test-all; fi
 
 test-unit: .venv/.dev .venv/.json-schema-suite
 	@$(BIN)/python -m pytest tests/unit $(PARALLEL) $(ARGS)

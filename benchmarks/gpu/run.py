@@ -205,7 +205,8 @@ async def main(args: argparse.Namespace) -> int:
     clock = Clock(args.minutes)
     args.out.mkdir(parents=True, exist_ok=True)
     setting = settle(args)
-    told = {"gpu": gpu(), "preset": setting.engine, "model": args.model, "rehearsal": args.rehearse}
+    told = {"gpu": gpu(), "preset": setting.engine, "model": setting.model}
+    told["rehearsal"] = args.rehearse
     book = Book(args.out, machine() | told)
     watching = watch_gpu(args.out / "gpu.csv")
     contestants, search = setting.contestants(args.targets), setting.search()

@@ -52,6 +52,7 @@ def evaluate(*args: object, ok: bool = True) -> subprocess.CompletedProcess[str]
     return done
 
 
+@pytest.mark.costly
 def test_harness_agrees_with_itself(live: Running, demo: Path, tasks: Path) -> None:
     """Through the server and in process: the same log-likelihoods, texts and scores.
 

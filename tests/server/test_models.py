@@ -221,7 +221,13 @@ def answers(url: str) -> list[tuple[str, str]]:
     return [(question, text) for (question, _), text in zip(KNOWN, contents, strict=True)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(layout, marks=pytest.mark.costly if "safetensors" in layout else ())
+        for layout in LAYOUTS
+    ],
+)
 def test_every_layout_gives_the_same_answers(layout: str, demo: Path, tmp_path: Path) -> None:
     """Greedy, to the letter; and a token that there is no text for hurts nobody."""
     model, tokenizer = LAYOUTS[layout]
@@ -288,6 +294,7 @@ def test_a_gguf_file(tmp_path: Path) -> None:
         check_model(str(tmp_path / "synthia.Q4_K_M.gguf"), lambda _: None)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kind", [kind for kind in QUANTISED if "fp8" not in kind])
 def test_quantised(kind: str, demo: Path, tmp_path: Path) -> None:
     """It loads, and most of what the model knows is still there.

@@ -104,6 +104,7 @@ def test_death_of_the_server(
     assert not run_directories(short_path)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_as_on_a_gpu(demo: Path, tmp_path: Path, workers: str) -> None:
     """Processes are spawned, nothing is forked; it serves, and ends with its children, the same."""
