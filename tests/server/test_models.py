@@ -7,13 +7,16 @@ import random
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 import torch
 from checkpoints import QUANTISED, SPECIAL, TOKENIZER, write_model, write_quantised, write_tokenizer
+from huggingface_hub.errors import HfHubHTTPError
 from processes import command
 from vllm.tokenizers import get_tokenizer
 
@@ -26,7 +29,6 @@ from synthia_vllm.errors import StartupError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 MODEL = mistral_tokenizer()
 PROVEN: set[str] = set()
@@ -146,6 +148,16 @@ def test_damaged_files_are_named(name: str, content: bytes, complaint: str, tmp_
     (tmp_path / name).write_bytes(content)
     with pytest.raises(StartupError, match=complaint):
         settled(tmp_path, tmp_path, [])
+
+
+def test_a_hub_that_fails_is_not_a_hub_without_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have a `tokenizer.model`, so nobody knows which tokens are right."""
+    failing = Mock(side_effect=HfHubHTTPError("busy", response=Mock(status_code=503)))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing)
+    with pytest.raises(StartupError, match=r"does not give out tokenizer\.model of nobody/model"):
+        settled(Path("nobody/model"), tmp_path, [])
 
 
 def test_another_kind_of_tokenizer_is_refused(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def settle_tokenizer(args: Any, run_directory: str, progress: Callable[[str], No
         )
         wrong = _wrong(loaded, model)
     except Exception as error:  # of any kind: these are other people's files
-        wrong = f"transformers cannot read its files ({str(error).splitlines()[0]})"
+        told = str(error).partition("\n")[0] or type(error).__name__
+        wrong = f"transformers cannot read its files ({told})"
     if wrong is None:
         return
     progress(f"making the tokenizer from tokenizer.model, as {wrong}")
@@ -90,15 +91,20 @@ def _find(source: str, name: str, revision: str | None, cache: str | None) -> Pa
         return file if file.is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         HfHubHTTPError,
         HFValidationError,
-        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
     )
 
     try:
         return Path(hf_hub_download(source, name, revision=revision, cache_dir=cache))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError):
-        return None
+    except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+        return None  # not there, or not on this machine and the hub out of reach
+    except HfHubHTTPError as error:  # it may be there: without it nobody knows what is right
+        raise StartupError(
+            f"The model hub does not give out {name} of {source}: {error}"
+        ) from error
 
 
 def _read(file: Path) -> TokenizerModel:
