@@ -25,7 +25,11 @@ error reads the same as an HTTP response and as an event in the middle of a stre
 
 from __future__ import annotations
 
-from typing import ClassVar
+import re
+from typing import TYPE_CHECKING, ClassVar, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class SynthiaError(Exception):
@@ -81,6 +85,12 @@ class InvalidRequest(ApiError):
     status = 400
     kind = "invalid_request_error"
 
+    def under(self, names: Mapping[str, str]) -> Self:
+        """The same, with fields called by the names that they have on another route."""
+        self.message = re.sub(r"`([^`]+)`", lambda m: f"`{names.get(m[1], m[1])}`", self.message)
+        self.param = names.get(self.param or "", self.param)
+        return self
+
 
 class ContextOverflow(InvalidRequest):
     """The prompt leaves no room for an answer in the model's context."""
@@ -108,8 +118,8 @@ class Unauthorized(InvalidRequest):
 
     def __init__(self) -> None:
         super().__init__(
-            "This server needs an API key: send `Authorization: Bearer YOUR_KEY` with a key that "
-            "its operator gave you.",
+            "This server needs an API key: send `Authorization: Bearer YOUR_KEY` (or `X-Api-Key`) "
+            "with a key that its operator gave you.",
             code="invalid_api_key",
         )
 

@@ -171,12 +171,18 @@ class Users:
         logger.info("The key file was read: %d users.", len(self.names))
         return "read"
 
-    def identify(self, authorization: bytes | None) -> str:
-        """The user with the key of this ``Authorization`` header. Raises `Unauthorized`."""
+    def identify(self, authorization: bytes | None, api_key: bytes | None = None) -> str:
+        """The user whose key is in the header ``Authorization``, or else in ``X-Api-Key``.
+
+        Raises `Unauthorized`.
+        """
         if self._ring is None:
             return ANONYMOUS
-        scheme, _, key = (authorization or b"").partition(b" ")
-        name = self._ring.owner_of(key.strip()) if scheme.lower() == b"bearer" else None
+        if authorization is None:
+            name = None if api_key is None else self._ring.owner_of(api_key.strip())
+        else:
+            scheme, _, key = authorization.partition(b" ")
+            name = self._ring.owner_of(key.strip()) if scheme.lower() == b"bearer" else None
         if name is None:
             raise Unauthorized
         return name

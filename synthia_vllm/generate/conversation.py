@@ -13,8 +13,8 @@ from synthia_vllm.engine.base import EngineRequest
 from synthia_vllm.generate.answer import Answer
 from synthia_vllm.generate.fit import fit
 from synthia_vllm.generate.logprobs import AnswerLogprobs
-from synthia_vllm.generate.response import Prepared, WithTokens, wanted_usage
-from synthia_vllm.generate.sampling import grammar_of, preset_of, sampling_of
+from synthia_vllm.generate.response import Prepared, WithTokens
+from synthia_vllm.generate.sampling import preset_of, sampling_of
 from synthia_vllm.template.answer import AnswerFilter, GrammarFilter
 from synthia_vllm.template.prompt import normalize_messages
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from synthia_vllm.admission.users import User
-    from synthia_vllm.engine.base import Engine, Sampling
+    from synthia_vllm.engine.base import Engine, Grammar, Sampling
     from synthia_vllm.generate.call import Call
-    from synthia_vllm.generate.protocol import GenerationRequest
+    from synthia_vllm.generate.protocol import SamplingRequest, UsageEvents
     from synthia_vllm.generate.response import Choice
     from synthia_vllm.settings import Settings
     from synthia_vllm.template.prompt import Message
@@ -45,24 +45,28 @@ class Composed:
     """The client sent the beginning of the answer."""
     question: str
     """What the user said last, as it was sent."""
+    usage: UsageEvents
     escaped_markers: int
     dropped_messages: int
 
 
 async def compose(
-    request: GenerationRequest,
+    request: SamplingRequest,
     messages: Sequence[Message],
     engine: Engine,
     settings: Settings,
     user: User,
     *,
     max_tokens: int | None,
+    grammar: Grammar | None = None,
     logprobs: int | None = None,
+    may_drop: bool = False,
 ) -> Composed:
     """What the model will be asked, for the conversation of `messages`.
 
-    The answer may have `max_tokens`, if the request asks for a number; `logprobs` is how many of
-    the likeliest tokens to report. Raises `InvalidRequest`.
+    The answer may have `max_tokens`, if the request asks for a number; `grammar` rules it;
+    `logprobs` is how many of the likeliest tokens to report. With `may_drop` the oldest exchanges
+    may be forgotten, whatever the setting says. Raises `InvalidRequest`.
     """
     preset = preset_of(request.model, settings, user)
     fmt = settings.prompt_format
@@ -70,13 +74,12 @@ async def compose(
         messages, settings.markers, preset.system if preset else None, fmt=fmt
     )
     asked = user.max_answer_tokens(max_tokens, settings.sampling.max_tokens)
-    grammar = grammar_of(request)
-    stops = request.own_stops
+    stops, usage = request.own_stops, request.usage_events
     blank: tuple[str, ...] = ()
     if not grammar and not request.min_tokens:
         blank = tuple(stop for stop in stops if stop.isspace())
         stops = [stop for stop in stops if not stop.isspace()]
-    text, token_ids, dropped = await fit(turns, asked, engine, settings)
+    text, token_ids, dropped = await fit(turns, asked, engine, settings, may_drop=may_drop)
     return Composed(
         text,
         token_ids,
@@ -93,12 +96,13 @@ async def compose(
         blank_stops=blank,
         continued=bool(turns) and turns[-1].role == "assistant" and bool(turns[-1].content),
         question=next((m.content for m in reversed(messages) if m.role == "user"), ""),
+        usage=usage,
         escaped_markers=escaped,
         dropped_messages=dropped,
     )
 
 
-async def prepare(call: Call, request: GenerationRequest, composed: Composed) -> Prepared:
+async def prepare(call: Call, request: SamplingRequest, composed: Composed) -> Prepared:
     """`composed` as a request for the engine. Raises whatever `AdmissionPermit.claim` raises."""
     sampling, engine, permit = composed.sampling, call.engine, call.permit
     engine_request = EngineRequest(
@@ -128,17 +132,14 @@ async def prepare(call: Call, request: GenerationRequest, composed: Composed) ->
         )
         for _ in range(sampling.n)
     ]
-    if request.return_token_ids:
+    if request.show_token_ids:
         choices = [WithTokens(choice) for choice in choices]
     return Prepared(
+        request=request,
         engine_requests=(engine_request,),
         choices=tuple(choices),
-        model=request.model,
-        stream=bool(request.stream),
-        usage=wanted_usage(request.stream_options),
+        usage=composed.usage,
         question=composed.question,
         escaped_markers=composed.escaped_markers,
         dropped_messages=composed.dropped_messages,
-        ignored=request.ignored,
-        show_token_ids=bool(request.return_token_ids),
     )

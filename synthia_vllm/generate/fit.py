@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 
 async def fit(
-    messages: Sequence[Message], max_tokens: int, engine: Engine, settings: Settings
+    messages: Sequence[Message],
+    max_tokens: int,
+    engine: Engine,
+    settings: Settings,
+    *,
+    may_drop: bool = False,
 ) -> tuple[str, list[int], int]:
     """The prompt and its tokens, with as few of the oldest turn pairs dropped as it takes to fit.
 
-    Also returns the number of messages dropped. An answer needs one token; where pairs may be
+    Pairs are dropped where the setting `overflow` or `may_drop` allows it. Also returns the number
+    of messages dropped. An answer needs one token; where pairs may be
     dropped it gets `answer_reserve`, so that a long conversation is not answered in
     a word.
     """
@@ -38,7 +44,7 @@ async def fit(
         )
 
     text, token_ids = await prompt_from(0)
-    may_drop = settings.overflow == "drop-oldest"
+    may_drop = may_drop or settings.overflow == "drop-oldest"
     reserve = min(max_tokens, settings.answer_reserve) if may_drop else 1
     if len(token_ids) + reserve <= context:
         return text, token_ids, 0

@@ -130,6 +130,9 @@ class StreamOptions(StrictModel):
     """vLLM's: with `include_usage`, every event has the counts so far. Benchmarks ask for it."""
 
 
+UsageEvents = Literal["never", "last", "each"]
+"""Which events of a stream have the token counts."""
+
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 BiasedToken = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -146,18 +149,14 @@ class RepetitionDetection(StrictModel):
     """How often it must come."""
 
 
-class GenerationRequest(StrictModel):
-    """What requests for text have in common.
+class SamplingRequest(StrictModel):
+    """What all requests for text have in common: how tokens are chosen.
 
     `None` everywhere means: the server's default, which is the model card's.
     """
 
-    unsupported = UNSUPPORTED
-
     model: str = Field(max_length=256)
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Int | None = Field(None, ge=1, le=128)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: Int | None = Field(None, ge=-1, le=2**31 - 1)
@@ -168,7 +167,6 @@ class GenerationRequest(StrictModel):
     repeat_penalty: float | None = Field(None, gt=0, le=10)
     """llama.cpp's name for the same."""
     seed: Int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
     stop_token_ids: TokenIds | None = None
     bad_words: list[StopString] | None = Field(None, max_length=MAX_BAD_WORDS)
     allowed_token_ids: TokenIds | None = Field(None, min_length=1)
@@ -179,29 +177,86 @@ class GenerationRequest(StrictModel):
     repetition_detection: RepetitionDetection | None = None
     stream_interval: Int | None = Field(None, ge=1, le=1024)
     """Tokens to an event of a stream, after the first."""
-    return_token_ids: bool | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     logit_bias: Annotated[
         dict[BiasedToken, Annotated[float, Field(ge=-100, le=100)]] | None,
         at_most(MAX_LOGIT_BIASES),
     ] = None
+
+    @property
+    def answers(self) -> int:
+        """How many are asked for."""
+        return 1
+
+    @property
+    def own_stops(self) -> list[str]:
+        """The stop strings that this request brings. Raises `InvalidRequest` for too many."""
+        return []
+
+    @property
+    def usage_events(self) -> UsageEvents:
+        """Which events of a stream have token counts. Raises `InvalidRequest`."""
+        return "never"
+
+    @property
+    def show_token_ids(self) -> bool:
+        """Whether the client wants the tokens themselves, too."""
+        return False
+
+
+def few_stops(stops: list[str], param: str) -> list[str]:
+    """`stops`, which the field `param` has. Raises `InvalidRequest` if they are too long."""
+    total = sum(map(len, stops))
+    if total > MAX_STOP_CHARACTERS:
+        raise InvalidRequest(
+            f"`{param}` has {total} characters; at most {MAX_STOP_CHARACTERS} are taken.",
+            param=param,
+            code="invalid_value",
+        )
+    return stops
+
+
+class GenerationRequest(SamplingRequest):
+    """What OpenAI's chat and completions have in common besides."""
+
+    unsupported = UNSUPPORTED
+
+    stream_options: StreamOptions | None = None
+    n: Int | None = Field(None, ge=1, le=128)
+    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+    return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     user: str | None = None
     """A label for the client's own bookkeeping; it asks nothing of the answer."""
 
     @property
+    def answers(self) -> int:
+        return self.n or 1
+
+    @property
     def own_stops(self) -> list[str]:
-        """The stop strings that this request brings. Raises `InvalidRequest` for too many."""
         stops = self.stop if isinstance(self.stop, list) else [self.stop] if self.stop else []
-        total = sum(map(len, stops))
-        if total > MAX_STOP_CHARACTERS:
+        return few_stops(stops, "stop")
+
+    @property
+    def usage_events(self) -> UsageEvents:
+        options = self.stream_options
+        if options is None:
+            return "never"
+        if not self.stream:
             raise InvalidRequest(
-                f"`stop` has {total} characters; at most {MAX_STOP_CHARACTERS} are taken.",
-                param="stop",
+                "`stream_options` needs `stream: true`.",
+                param="stream_options",
                 code="invalid_value",
             )
-        return stops
+        if not options.include_usage:
+            return "never"
+        return "each" if options.continuous_usage_stats else "last"
+
+    @property
+    def show_token_ids(self) -> bool:
+        return bool(self.return_token_ids)
 
 
 def absent(value: object) -> bool:

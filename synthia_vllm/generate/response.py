@@ -9,7 +9,7 @@ import asyncio
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from synthia_vllm.generate.protocol import PromptTokensDetails, Usage
 
@@ -19,32 +19,36 @@ if TYPE_CHECKING:
 
     from synthia_vllm.engine.base import Engine, EngineRequest, Output, Sink, TokenLogprob
     from synthia_vllm.errors import ApiError
-    from synthia_vllm.generate.protocol import StreamOptions
+    from synthia_vllm.generate.protocol import SamplingRequest, UsageEvents
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
     """A request that is valid, tokenised, and fits the context."""
 
+    request: SamplingRequest
+    """What was asked, in the form of its route."""
     engine_requests: tuple[EngineRequest, ...]
     """One for each prompt, all with the same sampling."""
     choices: tuple[Choice, ...]
     """The rule for each answer; those to the first prompt come first."""
-    model: str
-    """The served name the client asked for."""
-    stream: bool
-    usage: Literal["never", "last", "each"]
-    """Which events of a stream have the token counts."""
+    usage: UsageEvents
     question: str
     """What the user said last, as it was sent."""
     conversation: bool = True
     """Whether question and answer are a turn of a conversation, to be kept as such."""
     escaped_markers: int = 0
     dropped_messages: int = 0
-    ignored: tuple[str, ...] = ()
-    """Fields of the request that changed nothing."""
-    show_token_ids: bool = False
-    """Whether the client wants the tokens themselves, too."""
+
+    @property
+    def model(self) -> str:
+        """The served name the client asked for."""
+        return self.request.model
+
+    @property
+    def stream(self) -> bool:
+        """Whether the answer is sent as it is made."""
+        return bool(self.request.stream)
 
     def prompt_of(self, choice: int) -> list[int]:
         """The tokens that choice number `choice` is an answer to."""
@@ -134,13 +138,6 @@ class Delta(NamedTuple):
             token_ids,
             self.prompt_logprobs,
         )
-
-
-def wanted_usage(options: StreamOptions | None) -> Literal["never", "last", "each"]:
-    """Which events of a stream shall have the token counts."""
-    if options is None or not options.include_usage:
-        return "never"
-    return "each" if options.continuous_usage_stats else "last"
 
 
 class Choice(Protocol):

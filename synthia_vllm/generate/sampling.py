@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from synthia_vllm.admission.users import User
     from synthia_vllm.engine.base import Engine
-    from synthia_vllm.generate.protocol import GenerationRequest
+    from synthia_vllm.generate.protocol import GenerationRequest, SamplingRequest
     from synthia_vllm.settings import Settings
     from synthia_vllm.template.prompt import Preset
 
@@ -31,7 +31,7 @@ def preset_of(model: str, settings: Settings, user: User) -> Preset | None:
 
 
 def sampling_of(
-    request: GenerationRequest,
+    request: SamplingRequest,
     settings: Settings,
     engine: Engine,
     *,
@@ -51,7 +51,7 @@ def sampling_of(
     def or_default(value: Any, default: Any) -> Any:
         return default if value is None else value
 
-    n = request.n or 1
+    n = request.answers
     temperature = or_default(request.temperature, defaults.temperature)
     if n > settings.limits.max_n:
         raise InvalidRequest(
@@ -62,10 +62,6 @@ def sampling_of(
     top_k = or_default(request.top_k, defaults.top_k)
     if n > 1 and temperature == 0:  # vLLM makes only one greedy answer; these are the same
         temperature, top_k = 1.0, 1
-    if request.stream_options is not None and not request.stream:
-        raise InvalidRequest(
-            "`stream_options` needs `stream: true`.", param="stream_options", code="invalid_value"
-        )
     min_tokens = request.min_tokens or 0
     if min_tokens > max_tokens:
         raise InvalidRequest(
@@ -116,7 +112,7 @@ def grammar_of(request: GenerationRequest) -> Grammar | None:
     wanted, own = request.response_format, request.structured_outputs
     found: list[Grammar] = []
     if wanted is not None and wanted.type == "json_object":
-        found.append(_json_grammar(None, "response_format"))
+        found.append(json_grammar(None, "response_format"))
     elif wanted is not None and wanted.type == "json_schema":
         if wanted.json_schema is None:
             raise InvalidRequest(
@@ -125,12 +121,12 @@ def grammar_of(request: GenerationRequest) -> Grammar | None:
                 code="missing_required_parameter",
             )
         schema = wanted.json_schema.schema_
-        found.append(_json_grammar(schema, "response_format.json_schema.schema"))
+        found.append(json_grammar(schema, "response_format.json_schema.schema"))
     if own is not None:
         if own.json_object:
-            found.append(_json_grammar(None, "structured_outputs.json_object"))
+            found.append(json_grammar(None, "structured_outputs.json_object"))
         if own.json_ is not None:
-            found.append(_json_grammar(own.json_, "structured_outputs.json"))
+            found.append(json_grammar(own.json_, "structured_outputs.json"))
         if own.regex is not None:
             found.append(Grammar("regex", own.regex, "structured_outputs.regex"))
         if own.choice is not None:
@@ -156,8 +152,11 @@ def grammar_of(request: GenerationRequest) -> Grammar | None:
     return found[0] if found else None
 
 
-def _json_grammar(schema: Mapping[str, Any] | str | None, param: str) -> Grammar:
-    """Any object, without a schema."""
+def json_grammar(schema: Mapping[str, Any] | str | None, param: str) -> Grammar:
+    """JSON of `schema`, which the field `param` has; any object, without one.
+
+    Raises `InvalidRequest`.
+    """
     if schema is None:
         schema = {"type": "object"}
     try:
@@ -169,7 +168,7 @@ def _json_grammar(schema: Mapping[str, Any] | str | None, param: str) -> Grammar
     return Grammar("json", text, param)
 
 
-def _repetition_penalty(request: GenerationRequest) -> float | None:
+def _repetition_penalty(request: SamplingRequest) -> float | None:
     ours, theirs = request.repetition_penalty, request.repeat_penalty
     if ours is not None and theirs is not None and ours != theirs:
         raise InvalidRequest(
@@ -181,7 +180,7 @@ def _repetition_penalty(request: GenerationRequest) -> float | None:
     return theirs if ours is None else ours
 
 
-def _repetition(request: GenerationRequest) -> tuple[int, int, int] | None:
+def _repetition(request: SamplingRequest) -> tuple[int, int, int] | None:
     wanted = request.repetition_detection
     if wanted is None:
         return None

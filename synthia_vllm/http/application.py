@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from starlette.types import Receive, Scope, Send
 
+    from synthia_vllm.http.errors import Envelope
     from synthia_vllm.http.route import GenerationRoute
     from synthia_vllm.http.state import ServerState
 
@@ -26,6 +27,8 @@ class Application(FastAPI):
         self.generation: list[GenerationRoute] = []
         self.bodies: dict[str, type[BaseModel]] = {}
         """By path: what FastAPI's routes that read their bodies themselves are sent."""
+        self.envelopes: dict[str, Envelope] = {}
+        """By path: how errors are told there, where it is not OpenAI's way."""
         self._endpoints: dict[str, Endpoint] = {}
 
     def add_generation(self, route: GenerationRoute) -> None:
@@ -33,6 +36,7 @@ class Application(FastAPI):
         endpoint = Endpoint(self.server_state, route)
         self.generation.append(route)
         self._endpoints[route.path] = endpoint
+        self.envelopes[route.path] = route.envelope
         self.router.routes.append(Route(route.path, endpoint, methods=["POST"]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

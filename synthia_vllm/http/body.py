@@ -9,6 +9,8 @@ from synthia_vllm.errors import BodyTooLarge, InvalidRequest
 from synthia_vllm.generate.parse import parse
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fastapi.responses import Response
     from starlette.requests import Request
     from starlette.types import Receive
@@ -23,6 +25,16 @@ _TIMEOUT: Final = "X-Request-Timeout"
 
 class ClientLeft(Exception):
     """The connection is gone; there is nobody to answer."""
+
+
+def identify(state: ServerState, headers: Mapping[bytes, bytes]) -> str:
+    """The user whose key a request brings, by either of the two headers. Raises `Unauthorized`."""
+    return state.admission.identify(headers.get(b"authorization"), headers.get(b"x-api-key"))
+
+
+def keyed(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether a request brings a key, right or wrong."""
+    return b"authorization" in headers or b"x-api-key" in headers
 
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, limit: int) -> bytes:

@@ -41,7 +41,8 @@ class Chunks:
         self._tail = b"}\n\n" if prepared.usage == "never" else b',"usage":null}\n\n'
         self._usage_each = prepared.usage == "each"
         # Those whose prompt's tokens are still to be shown.
-        self._prompts = set(range(state.open_choices)) if prepared.show_token_ids else set[int]()
+        shown = state.open_choices if prepared.request.show_token_ids else 0
+        self._prompts = set(range(shown))
 
     def open(self) -> bytes:
         """What comes before the first text: nothing."""
@@ -60,7 +61,7 @@ class Chunks:
 
     def error(self, error: ApiError) -> bytes:
         """The end of a stream that cannot go on; no ``[DONE]`` follows it."""
-        return error_event(error)
+        return error_event(error, self._state.usage() if self._state.begun else None)
 
     def _end(self) -> bytes:
         """The end of an event with text."""

@@ -5,14 +5,19 @@ from __future__ import annotations
 import math
 import re
 import uuid
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import to_json
 
 from synthia_vllm.errors import ApiError, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
+
+    from synthia_vllm.generate.protocol import Usage
+
+    Envelope = Callable[[ApiError, str], Mapping[str, Any]]
+    """What a body says of an error to the request with an id, in the terms of a route's API."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -25,11 +30,19 @@ def request_id(headers: Mapping[bytes, bytes]) -> str:
     return str(value, "ascii") if _REQUEST_ID.fullmatch(value) else uuid.uuid4().hex
 
 
+def openai_envelope(error: ApiError, _request_id: str) -> Mapping[str, Any]:
+    """OpenAI's, which all routes have that are not another's."""
+    return error.envelope()
+
+
 def error_response(
-    error: ApiError, request_id: str, more: Iterable[tuple[bytes, bytes]] = ()
+    error: ApiError,
+    request_id: str,
+    more: Iterable[tuple[bytes, bytes]] = (),
+    envelope: Envelope = openai_envelope,
 ) -> tuple[int, Headers, bytes]:
     """Status, headers (with `more`) and body of the response that tells `error`."""
-    body = to_json(error.envelope(), ensure_ascii=True)
+    body = to_json(envelope(error, request_id), ensure_ascii=True)
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
@@ -47,6 +60,12 @@ def error_response(
     return error.status, headers, body
 
 
-def error_event(error: ApiError) -> bytes:
-    """The event that ends a stream which cannot go on; no ``[DONE]`` follows it."""
-    return b"data: %b\n\n" % to_json(error.envelope(), ensure_ascii=True)
+def error_event(error: ApiError, usage: Usage | None) -> bytes:
+    """The event that ends a stream which cannot go on; no ``[DONE]`` follows it.
+
+    It has what was used up, if anything was.
+    """
+    told: dict[str, Any] = error.envelope()
+    if usage is not None:
+        told = {**told, "usage": usage}
+    return b"data: %b\n\n" % to_json(told, ensure_ascii=True)

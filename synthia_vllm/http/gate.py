@@ -10,8 +10,8 @@ from starlette.requests import Request  # noqa: TC002  # FastAPI reads the handl
 
 from synthia_vllm.admission.users import ANONYMOUS
 from synthia_vllm.errors import ApiError, EngineFault, NoSuchRoute
-from synthia_vllm.http.body import ClientLeft
-from synthia_vllm.http.errors import error_response, request_id
+from synthia_vllm.http.body import ClientLeft, identify, keyed
+from synthia_vllm.http.errors import error_response, openai_envelope, request_id
 from synthia_vllm.http.handler import CLIENT_LEFT
 
 if TYPE_CHECKING:
@@ -63,11 +63,10 @@ class Gate:
             self._state.metrics.requests.labels(route_of(scope), "", str(status)).inc()
 
     def _user(self, path: str, headers: dict[bytes, bytes]) -> str:
-        key = headers.get(b"authorization")
         listed = path in ("/v1/models", "/version") or path.startswith("/v1/models/")
-        if listed and key is None and self._state.settings.discovery == "open":
+        if listed and self._state.settings.discovery == "open" and not keyed(headers):
             return ANONYMOUS
-        return self._state.admission.identify(key)
+        return identify(self._state, headers)
 
 
 def add_error_handlers(app: FastAPI, state: ServerState) -> None:
@@ -98,7 +97,9 @@ def add_error_handlers(app: FastAPI, state: ServerState) -> None:
 
 
 def _response(error: ApiError, scope: Scope) -> Response:
-    status, headers, body = error_response(error, request_id(dict(scope["headers"])))
+    envelope = scope["app"].envelopes.get(scope["path"], openai_envelope)
+    known = request_id(dict(scope["headers"]))
+    status, headers, body = error_response(error, known, envelope=envelope)
     response = Response(body, status)
     response.raw_headers = headers
     return response

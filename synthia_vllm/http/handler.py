@@ -17,7 +17,14 @@ from pydantic_core import to_json
 from synthia_vllm.errors import ApiError, DeadlineExceeded, EngineFault
 from synthia_vllm.generate.call import Call
 from synthia_vllm.generate.response import ResponseCollector, ResponseState
-from synthia_vllm.http.body import IGNORED, ClientLeft, client_left, deadline, read_body
+from synthia_vllm.http.body import (
+    IGNORED,
+    ClientLeft,
+    client_left,
+    deadline,
+    identify,
+    read_body,
+)
 from synthia_vllm.http.errors import error_response, request_id
 from synthia_vllm.http.sse import WRITE, Stream, WriteBatcher, stream_answer
 
@@ -104,7 +111,7 @@ class _Exchange:
     async def admit(self) -> AdmissionPermit:
         """Decide, before anything is done for it, whether this request can be had now."""
         state = self._state
-        self._user = state.admission.identify(self._request_headers.get(b"authorization"))
+        self._user = identify(state, self._request_headers)
         state.require_serving()
         self._permit = permit = await state.admission.admit(self._user)
         return permit
@@ -145,8 +152,8 @@ class _Exchange:
         trace_headers = self._span.headers if self._span else None
         call = Call(self.id, body, permit, state.engine, state.settings, trace_headers)
         self._prepared = prepared = await route.prepare(call)
-        if prepared.ignored:
-            state.note_ignored(prepared.ignored)
+        if prepared.request.ignored:
+            state.note_ignored(prepared.request.ignored)
         self._response = response = ResponseState(
             prepared, self.id, began=permit.began, keep_text=state.keeps_text
         )
@@ -187,7 +194,7 @@ class _Exchange:
         if self._started and self._events is not None:
             await self._send({"type": "http.response.body", "body": self._events.error(error)})
             return
-        await self._respond(*error_response(error, self.id, self._facts()))
+        await self._respond(*error_response(error, self.id, self._facts(), self._route.envelope))
 
     def record(self) -> None:
         """Count and log this exchange, whatever way it ended, and give its permit back."""
@@ -275,8 +282,8 @@ class _Exchange:
         if self._prepared is not None and self._prepared.dropped_messages:
             dropped = str(self._prepared.dropped_messages).encode()
             headers.append((b"x-synthia-dropped-messages", dropped))
-        if self._prepared is not None and self._prepared.ignored:
-            headers.append((IGNORED, ", ".join(self._prepared.ignored).encode()))
+        if self._prepared is not None and self._prepared.request.ignored:
+            headers.append((IGNORED, ", ".join(self._prepared.request.ignored).encode()))
         return headers
 
     async def _respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from synthia_vllm.http.errors import openai_envelope
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
 
     from synthia_vllm.generate.call import Call
     from synthia_vllm.generate.response import Delta, Prepared, ResponseState
+    from synthia_vllm.http.errors import Envelope
     from synthia_vllm.http.sse import Events
 
 
@@ -32,3 +35,5 @@ class GenerationRoute:
     """Makes the body of a plain answer, of each choice in whole."""
     events: Callable[[ResponseState], Events]
     """Makes what writes the events of a streamed one."""
+    envelope: Envelope = openai_envelope
+    """Makes the body of an error."""

@@ -15,6 +15,7 @@ from synthia_vllm.api.chat.wire import ChatChunks
 from synthia_vllm.engine.base import EngineRequest, Sampling
 from synthia_vllm.engine.fake import FakeEngine, FakeOutput
 from synthia_vllm.errors import EngineDead
+from synthia_vllm.generate.protocol import SamplingRequest
 from synthia_vllm.generate.response import Delta, Prepared, ResponseState
 from synthia_vllm.http.sse import Stream, WriteBatcher, stream_answer
 from synthia_vllm.telemetry.metrics import BulkHistogram, Metrics
@@ -82,7 +83,8 @@ class Response:
             request_id="x", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=9, n=self.n)
         )
         choices = tuple(Heard() for _ in range(self.n))
-        prepared = Prepared((request,), choices, "m", stream=True, usage="never", question="")
+        asked = SamplingRequest(model="m", stream=True)
+        prepared = Prepared(asked, (request,), choices, usage="never", question="")
         state = ResponseState(prepared, "x")
         series = Metrics(CollectorRegistry()).of("m")
         stream = Stream(

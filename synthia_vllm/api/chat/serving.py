@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from synthia_vllm.api.chat.protocol import ChatRequest
 from synthia_vllm.errors import InvalidRequest
 from synthia_vllm.generate import conversation
+from synthia_vllm.generate.sampling import grammar_of
 from synthia_vllm.template.prompt import Message
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ async def compose(request: ChatRequest, engine: Engine, settings: Settings, user
         settings,
         user,
         max_tokens=_asked_tokens(request),
+        grammar=grammar_of(request),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 

@@ -39,7 +39,7 @@ def body(state: ResponseState, choices: list[Delta]) -> ChatCompletion:
             for choice in choices
         ],
         usage=state.usage(),
-        prompt_token_ids=prepared.prompt_of(0) if prepared.show_token_ids else None,
+        prompt_token_ids=prepared.prompt_of(0) if prepared.request.show_token_ids else None,
     )
 
 

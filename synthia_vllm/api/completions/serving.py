@@ -8,7 +8,7 @@ from synthia_vllm.api.completions.protocol import DEFAULT_MAX_TOKENS, Completion
 from synthia_vllm.api.completions.text import CompletionText, TextLogprobs, TokenDecoder
 from synthia_vllm.engine.base import EngineRequest
 from synthia_vllm.errors import ContextOverflow, InvalidRequest
-from synthia_vllm.generate.response import Prepared, WithTokens, wanted_usage
+from synthia_vllm.generate.response import Prepared, WithTokens
 from synthia_vllm.generate.sampling import grammar_of, preset_of, sampling_of
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ async def prepare(call: Call) -> Prepared:
     request = call.parse(CompletionRequest)
     engine, settings, user = call.engine, call.settings, call.permit.user
     preset_of(request.model, settings, user)
+    usage = request.usage_events
     asked = user.max_answer_tokens(
         request.max_tokens, min(DEFAULT_MAX_TOKENS, settings.sampling.max_tokens)
     )
@@ -87,7 +88,7 @@ async def prepare(call: Call) -> Prepared:
                 on_prompt=None if sampling.prompt_logprobs is None else _told(texts),
             )
         )
-        choices += map(WithTokens, texts) if request.return_token_ids else texts
+        choices += map(WithTokens, texts) if request.show_token_ids else texts
     question = ""
     if settings.log_content:
         shown = (
@@ -95,15 +96,12 @@ async def prepare(call: Call) -> Prepared:
         )
         question = "\n".join(shown)
     return Prepared(
+        request=request,
         engine_requests=tuple(engine_requests),
         choices=tuple(choices),
-        model=request.model,
-        stream=bool(request.stream),
-        usage=wanted_usage(request.stream_options),
+        usage=usage,
         question=question,
         conversation=False,
-        ignored=request.ignored,
-        show_token_ids=bool(request.return_token_ids),
     )
 
 

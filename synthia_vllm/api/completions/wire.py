@@ -28,7 +28,7 @@ def body(state: ResponseState, choices: list[Delta]) -> Completion:
                 stop_reason=choice.stop_reason,
                 token_ids=choice.token_ids,
                 prompt_token_ids=prepared.prompt_of(choice.choice)
-                if prepared.show_token_ids
+                if prepared.request.show_token_ids
                 else None,
                 prompt_logprobs=choice.prompt_logprobs,
             )
