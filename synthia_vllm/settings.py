@@ -64,6 +64,16 @@ class Transcript(_Section):
     fsync: Literal["never", "always"] = "never"
 
 
+class Batches(_Section):
+    """Whether and how files of requests are answered in the time that users leave."""
+
+    directory: Path | None = None
+    max_file_bytes: int = Field(200 * 1024 * 1024, ge=1024)
+    max_stored_bytes: int = Field(2 * 1024**3, ge=1024)
+    keep_days: float = Field(30.0, gt=0)
+    beside_users: float = Field(0.25, ge=0, le=1)
+
+
 def _known_format(name: str) -> str:
     if name not in FORMATS:
         names = " or ".join(map(repr, FORMATS))
@@ -95,6 +105,7 @@ class Settings(_Section):
     keepalive_seconds: float = Field(3900.0, gt=0)
     sse_keepalive_seconds: float = Field(0.0, ge=0)
     transcripts: Transcript = Transcript()
+    batches: Batches = Batches()
     shutdown_delay_seconds: float = Field(0.0, ge=0)
     shutdown_grace_seconds: float = Field(30.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # While the server fills up, one user may hold this many times the places still free: alone it gets
 # four fifths of them, and whoever comes next always finds some.
 _SHARE_OF_FREE: Final = 4
+# A priority after that of all requests: their stamps are counts of tokens.
+_LAST: Final = 1 << 62
 
 
 class AdmissionPermit(ABC):
@@ -62,6 +64,22 @@ class AdmissionPermit(ABC):
         """The request is over; the counts are of tokens that ran, and of answers that ended."""
 
 
+class BatchPermit(AdmissionPermit):
+    """Lets one line of a user's batch run: behind all others, and on places that nobody else has.
+
+    Who runs batches sees to the places. Limits over time are not for them, those of a request are.
+    """
+
+    async def _claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
+        return _LAST
+
+    def began(self) -> None:
+        pass
+
+    def leave(self, prompt_tokens: int, answer_tokens: int, finished: int) -> None:
+        pass
+
+
 @dataclass(slots=True)
 class _Account:
     """What the server knows of one user from its requests so far."""
@@ -96,6 +114,7 @@ class AdmissionController(Users):
         self._retry_after = RetryAfterEstimator()
         self.in_flight = 0
         """Places taken."""
+        self._watchers: list[Callable[[int], None]] = []
         self._batch = 1
         super().__init__(file, cache_secret)
 
@@ -132,6 +151,14 @@ class AdmissionController(Users):
     def set_batch(self, size: int) -> None:
         """The engine runs `size` requests at the same time; more than these wait."""
         self._batch = size
+
+    def watch(self, tell: Callable[[int], None]) -> Callable[[], None]:
+        """Tell how many places are taken, now and with each change, until what is returned is
+        called.
+        """
+        self._watchers.append(tell)
+        tell(self.in_flight)
+        return lambda: self._watchers.remove(tell)
 
     async def may_serve(self) -> None:
         """Return when the server may take requests: at once, where it is one process."""
@@ -178,6 +205,11 @@ class AdmissionController(Users):
                 retry_after=max(1.0, wait - self._max_queue_seconds),
             )
 
+    def _occupy(self, places: int) -> None:
+        self.in_flight += places
+        for tell in self._watchers:
+            tell(self.in_flight)
+
     def _note_departure(self, user: User, account: _Account) -> None:
         """A request of this user, which had its turn, is over."""
         now = self._clock()
@@ -205,7 +237,7 @@ class LocalPermit(AdmissionPermit):
         """Take so many more of the server's places."""
         self._places += places
         self._account.in_flight += places
-        self._controller.in_flight += places
+        self._controller._occupy(places)
 
     async def _claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
         return self.reserve(prompt_tokens, max_tokens, n)
@@ -243,4 +275,4 @@ class LocalPermit(AdmissionPermit):
             share = account.share
             share.usual_answer += 0.1 * (answer_tokens / finished - share.usual_answer)
         account.in_flight -= self._places
-        controller.in_flight -= self._places
+        controller._occupy(-self._places)

@@ -12,10 +12,11 @@ asked:
     ["batch", size]                             the engine is ready, and runs so many at a time
     ["runs", ids]                               the engine has taken a request, under these ids
     ["ran", ids]                                and is done with it
+    ["watch"]                                   it wants to know how many places are taken
 
-It is told, unasked, to ``["serve"]``, now that all others can, to ``["reload"]`` the key file, and
-to ``["abort", ids]`` in the engine what a process that died has left there. A process that is gone
-gives back all it had.
+It is told of these by ``["load", places]``, and, unasked, to ``["serve"]``, now that all others
+can, to ``["reload"]`` the key file, and to ``["abort", ids]`` in the engine what a process that
+died has left there. A process that is gone gives back all it had.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class AdmissionServer(_Line):
         self._on_batch = on_batch
         self._on_gone = on_gone
         self._permits: dict[int, LocalPermit] = {}
+        self._unwatch: Callable[[], None] = lambda: None
         self._runs: dict[str, None] = {}
 
     def take(self, message: list[Any]) -> None:
@@ -121,11 +123,14 @@ class AdmissionServer(_Line):
                     del self._runs[run]
             case ["batch", size]:
                 self._on_batch(size)
+            case ["watch"]:
+                self._unwatch = self._admission.watch(lambda places: self.tell("load", places))
             case _:
                 raise ValueError(message)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._unwatch()
         for permit in self._permits.values():
             permit.leave(0, 0, 0)
         self._permits.clear()
@@ -162,6 +167,7 @@ class AdmissionClient(Users, _Line):
         self._numbers = itertools.count()
         self._asked: deque[tuple[str, asyncio.Future[Any]]] = deque()
         self._headers: dict[str, list[tuple[bytes, bytes]]] = {}
+        self._on_load: Callable[[int], None] = lambda _places: None
 
     def reload(self, *, only_if_changed: bool = False) -> bool:
         """Read the key file, but only when told: who keeps the accounts looks at it for all."""
@@ -185,6 +191,12 @@ class AdmissionClient(Users, _Line):
         """Return when all API processes can: a client that one of them has called meets any."""
         await self._may_serve.wait()
 
+    def watch(self, tell: Callable[[int], None]) -> Callable[[], None]:
+        """As `AdmissionController.watch`, for one at most."""
+        self._on_load = tell
+        self.tell("watch")
+        return lambda: None
+
     def headers(self, name: str) -> list[tuple[bytes, bytes]]:
         """As `AdmissionController.headers`, as it was told last."""
         return self._headers.get(name, [])
@@ -204,6 +216,8 @@ class AdmissionClient(Users, _Line):
                 self._settle(headers, value, None)
             case ["refused", kind, text, more, headers]:
                 self._settle(headers, None, _REFUSALS[kind](text, more))
+            case ["load", places]:
+                self._on_load(places)
             case ["serve"]:
                 self._may_serve.set()
             case ["reload"]:

@@ -64,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 _LINGER_SECONDS: Final = 1.0  # for a refused client to read why, and to hang up
 _LAST_LOOK_SECONDS: Final = 0.01
+_MEGABYTE: Final = 1_000_000
 _MAX_SURPLUS_BYTES: Final = 1 << 20  # sent by a client after all that will be read from it
 
 
@@ -79,6 +80,8 @@ class ConnectionLimits:
     """For one request to come in, from its first byte to the last of its body."""
     stalled_seconds: float
     """For the client to take what is waiting for it."""
+    max_upload_bytes: int = 0
+    """A body of up to so many gets a second more for each megabyte that its headers announce."""
 
 
 class RequestTimeout(InvalidRequest):
@@ -199,6 +202,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 self.cycle.__class__ = _UnchunkedCycle
             if self._leaving():
                 self.cycle.keep_alive = False
+            self._allow_for_upload()
 
     def on_body(self, body: bytes) -> None:
         self._bare_bytes = 0
@@ -268,6 +272,15 @@ class GuardedProtocol(HttpToolsProtocol):
     def _await_request(self) -> None:
         seconds = self._limits.receive_seconds
         self._deadline = self.loop.call_later(seconds, self._refuse, RequestTimeout(seconds))
+
+    def _allow_for_upload(self) -> None:
+        """Give a large file the time it takes to come in, if it is sent at a fair pace."""
+        [length, *_] = [v for k, v in self.headers if k == b"content-length"] or [b"0"]
+        size = int(length)
+        if self._deadline is not None and _MEGABYTE < size <= self._limits.max_upload_bytes:
+            self._deadline.cancel()
+            seconds = self._limits.receive_seconds + size / _MEGABYTE
+            self._deadline = self.loop.call_later(seconds, self._refuse, RequestTimeout(seconds))
 
     def _refuse(self, error: ApiError) -> None:
         """End the connection; with `error` as the answer, if no other has begun."""

@@ -210,17 +210,8 @@ class _Exchange:
         if self.status == CLIENT_LEFT:
             metrics.aborted_by_client.labels(model).inc()
         if prepared is not None and response is not None:
-            series = metrics.of(model)
-            series.end_to_end.observe(took)
-            series.escaped_markers.inc(prepared.escaped_markers)
-            series.dropped_messages.inc(prepared.dropped_messages)
-            series.prompt_tokens.inc(prompt)
-            series.cached_prompt_tokens.inc(response.cached_tokens)
-            series.answer_tokens.inc(answer)
-            for reason in ends:
-                metrics.finished.labels(model, reason).inc()
-        if self._user is not None:
-            self._state.count_tokens(self._user, prompt, answer)
+            metrics.of(model).end_to_end.observe(took)
+            self._state.count_response(response, self._user)
         if prepared and prepared.conversation and response and not response.open_choices:
             self._state.keep(self._user or "", prepared.question, response.texts)
         self._log(took, prompt, answer)

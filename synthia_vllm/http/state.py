@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from synthia_vllm.admission.remote import AdmissionClient
     from synthia_vllm.engine.base import Engine
+    from synthia_vllm.generate.response import ResponseState
     from synthia_vllm.settings import Settings
     from synthia_vllm.telemetry.metrics import Metrics
 
@@ -159,11 +160,21 @@ class ServerState:
             self.metrics.ignored_fields.labels(name if name in WELL_KNOWN else "other").inc()
         logger.debug("ignored of a request: %s", ", ".join(paths))
 
-    def count_tokens(self, user: str, prompt: int, answer: int) -> None:
-        """Tokens ran for `user`."""
-        if not self.admission.open:
-            self.metrics.user_tokens.labels(user, "prompt").inc(prompt)
-            self.metrics.user_tokens.labels(user, "answer").inc(answer)
+    def count_response(self, response: ResponseState, user: str | None) -> None:
+        """What ran for `user`, whatever way it ended."""
+        prepared, metrics = response.prepared, self.metrics
+        series = metrics.of(prepared.model)
+        prompt, answer = response.prompt_tokens, response.answer_tokens
+        series.escaped_markers.inc(prepared.escaped_markers)
+        series.dropped_messages.inc(prepared.dropped_messages)
+        series.prompt_tokens.inc(prompt)
+        series.cached_prompt_tokens.inc(response.cached_tokens)
+        series.answer_tokens.inc(answer)
+        for reason in response.finish_reasons:
+            metrics.finished.labels(prepared.model, reason).inc()
+        if user is not None and not self.admission.open:
+            metrics.user_tokens.labels(user, "prompt").inc(prompt)
+            metrics.user_tokens.labels(user, "answer").inc(answer)
 
     def keep(self, user: str, question: str, answers: Sequence[str]) -> None:
         """Keep a whole answer in the transcripts, if there are any."""

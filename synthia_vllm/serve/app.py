@@ -8,7 +8,16 @@ from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
 
 from synthia_vllm import __version__
-from synthia_vllm.api import chat, completions, models, openapi, playground, probes, tokenize
+from synthia_vllm.api import (
+    batches,
+    chat,
+    completions,
+    models,
+    openapi,
+    playground,
+    probes,
+    tokenize,
+)
 from synthia_vllm.http.application import Application
 from synthia_vllm.http.gate import Gate, add_error_handlers
 from synthia_vllm.http.state import ServerState
@@ -47,11 +56,15 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         life = asyncio.create_task(state.run(progress, on_failure))
+        idle = asyncio.create_task(runner.run()) if runner is not None else None
         if open_when_ready:
             await state.started.wait()
         try:
             yield
         finally:
+            if idle is not None:
+                idle.cancel()
+                await asyncio.wait((idle,))
             life.cancel()
             with suppress(asyncio.CancelledError):
                 await life
@@ -70,6 +83,7 @@ def create_app(
     chat.attach(app, state)
     completions.attach(app, state)
     tokenize.attach(app, state)
+    runner = batches.attach(app, state)
     models.attach(app, state)
     probes.attach(app, state)
     if settings.page:

@@ -54,6 +54,9 @@ class Server(uvicorn.Server):
                 max_connections=limits.max_connections,
                 receive_seconds=limits.receive_seconds,
                 stalled_seconds=limits.stalled_seconds,
+                max_upload_bytes=settings.batches.max_file_bytes
+                if settings.batches.directory is not None
+                else 0,
             ),
             leaving=lambda: state.phase == "leaving",
             on_error=lambda error: state.count_error(error, "other"),

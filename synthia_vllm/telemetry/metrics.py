@@ -173,6 +173,18 @@ class Metrics:
         self.key_reload_failures = counter(
             "key_reload_failures", "Times the key file changed and could not be used"
         )
+        self.batch_lines = counter(
+            "batch_lines", "Lines of batches that were answered, or failed", "result"
+        )
+        self.batch_running = Gauge(
+            "synthia_batch_running",
+            "Places of the engine that batches hold",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.batch_given_back = counter(
+            "batch_given_back", "Lines of batches that were stopped for users, to be run again"
+        )
         self.transcript_lines = counter("transcript_lines", "Lines written to transcripts")
         self.transcript_failures = counter(
             "transcript_failures", "Lines lost to transcripts: disk full, unwritable, too slow"

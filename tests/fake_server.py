@@ -1,0 +1,24 @@
+"""A server over a scripted engine, as a process of its own, for tests that kill it.
+
+python tests/fake_server.py PORT DIRECTORY DELAY
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry
+
+from synthia_vllm.engine.fake import FakeEngine
+from synthia_vllm.serve.app import create_app
+from synthia_vllm.serve.server import Server
+from synthia_vllm.settings import Batches, Settings
+from synthia_vllm.telemetry.metrics import Metrics
+
+if __name__ == "__main__":
+    port, directory, delay = sys.argv[1:]
+    settings = Settings(model="demo", port=int(port), batches=Batches(directory=Path(directory)))
+    engine = FakeEngine(delay=float(delay))
+    app = create_app(engine, settings, Metrics(CollectorRegistry()))
+    Server(app, settings).run()
