@@ -119,7 +119,7 @@ class Direct:
     running: Running
     pipes: asyncio.subprocess.Process
 
-    async def _ask(self, prompts: list[str], tokens: int, word: bool) -> dict[str, Any]:
+    async def ask(self, prompts: list[str], tokens: int, word: bool) -> dict[str, Any]:
         assert self.pipes.stdin is not None
         assert self.pipes.stdout is not None
         work = {"prompts": prompts, "tokens": tokens, "word": word}
@@ -128,7 +128,7 @@ class Direct:
         return reply
 
     async def prompt_tokens(self, load: Load) -> int:
-        return int((await self._ask([prompt(load, 0)], 1, True))["prompt_tokens"])
+        return int((await self.ask([prompt(load, 0)], 1, True))["prompt_tokens"])
 
     async def measure(self, load: Load, offset: int) -> Measured:
         measured = Measured()
@@ -136,7 +136,7 @@ class Direct:
         size = 1 if loop else load.connections
         for first in range(offset, offset + load.requests, size):
             prompts = [prompt(load, number) for number in range(first, first + size)]
-            reply = await self._ask(prompts, load.tokens, load.word)
+            reply = await self.ask(prompts, load.tokens, load.word)
             measured.seconds += reply["seconds"]
             measured.tokens += reply["tokens"]
             measured.answered += size

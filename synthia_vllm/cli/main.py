@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm import __version__
+from synthia_vllm.cli import batch, evaluate, keys
 from synthia_vllm.cli import chat as terminal
-from synthia_vllm.cli import evaluate, keys
 from synthia_vllm.cli import render as rendering
 from synthia_vllm.errors import StartupError
 from synthia_vllm.template.formats import FORMATS
@@ -80,23 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    serve.add_argument("--config", type=Path, metavar="FILE", help="configuration file (YAML)")
-    for key, text in _FLAGS.items():
-        serve.add_argument(f"--{key.replace('_', '-')}", metavar=key.upper(), help=text)
-    serve.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any other key, e.g. sampling.top_k=40",
-    )
-    serve.add_argument(
-        "--engine",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an option of vLLM's AsyncEngineArgs, e.g. max_model_len=8192",
-    )
+    _add_server_options(serve)
     serve.add_argument(
         "--print-config", action="store_true", help="show the resulting configuration and exit"
     )
@@ -118,10 +102,50 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_arguments(evaluation)
     evaluation.set_defaults(run=evaluate.run)
 
+    batches = commands.add_parser(
+        "batch", help="answer a file of requests into a file", allow_abbrev=False
+    )
+    batch.add_arguments(batches)
+    _add_server_options(batches.add_argument_group("the server that is started"))
+    batches.set_defaults(run=lambda args: batch.run(args, _server_options(args)))
+
     users = commands.add_parser("keys", help="make and remove users and their API keys")
     keys.add_arguments(users)
     users.set_defaults(run=keys.run)
     return parser
+
+
+def _add_server_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration file (YAML)")
+    for key, text in _FLAGS.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", metavar=key.upper(), help=text)
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any other key, e.g. sampling.top_k=40",
+    )
+    parser.add_argument(
+        "--engine",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of vLLM's AsyncEngineArgs, e.g. max_model_len=8192",
+    )
+
+
+def _server_options(args: argparse.Namespace) -> list[str]:
+    """The options in `args` that `_add_server_options` describes, as they were typed."""
+    options = [] if args.config is None else ["--config", str(args.config)]
+    for key in _FLAGS:
+        value = getattr(args, key)
+        if value is not None:
+            options += [f"--{key.replace('_', '-')}", value]
+    for name in ("set", "engine"):
+        for text in getattr(args, name):
+            options += [f"--{name}", text]
+    return options
 
 
 def _settings(args: argparse.Namespace) -> Settings:

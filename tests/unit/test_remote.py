@@ -227,3 +227,21 @@ async def test_none_serves_before_all_can() -> None:
         line.tell("serve")
         await until(waiting.done)
     await accounts.admission.may_serve()  # alone it need not wait
+
+
+@in_loop
+async def test_all_processes_hear_how_many_places_are_taken() -> None:
+    """Those that want to know, with each change, until they are gone."""
+    accounts = Accounts()
+    async with accounts.line() as (first, _), accounts.line() as (second, _):
+        heard: list[int] = []
+        first.watch(heard.append)
+        await until(lambda: heard == [0])
+        permit = await second.admit(ANONYMOUS)
+        await until(lambda: heard == [0, 1])
+        await permit.claim(1, 1, 3)
+        await until(lambda: heard == [0, 1, 3])
+        permit.leave(1, 1, 3)
+        await until(lambda: heard == [0, 1, 3, 0])
+    permit = accounts.admission.enter(ANONYMOUS)  # type: ignore[assignment]
+    permit.leave(0, 0, 0)
