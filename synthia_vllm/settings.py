@@ -94,6 +94,7 @@ class Settings(_Section):
     markers: Markers = Markers.ESCAPE
     overflow: Literal["error", "drop-oldest"] = "error"
     unknown_fields: Literal["say", "refuse"] = "say"
+    tools: Literal["refuse", "ignore"] = "refuse"
     answer_reserve: int = Field(256, ge=1)
     sampling: SamplingDefaults = SamplingDefaults()
     keys_file: Path | None = None

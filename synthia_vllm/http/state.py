@@ -33,7 +33,7 @@ WELL_KNOWN: Final = frozenset(
         "annotations", "cache_control", "chat_id", "chat_template_kwargs", "id", "name", "num_ctx",
         "parallel_tool_calls", "prediction", "priority", "reasoning", "reasoning_content",
         "reasoning_effort", "refusal", "request_id", "service_tier", "session_id", "store",
-        "thinking", "verbosity",
+        "thinking", "tools", "verbosity",
     }
 )  # fmt: skip
 """Fields that clients are known to send, counted by name; others together."""

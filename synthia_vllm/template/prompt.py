@@ -45,7 +45,7 @@ class Message:
     role: Role
     content: str
     merged: int = 1
-    """How many of the request's messages it stands for."""
+    """How many of the request's messages it stands for; 0 if the server puts it in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,9 @@ def normalize_messages(
     """Bring `messages` into the shape that is rendered; also return the number of escapes made.
 
     The result has at most one system message, in front (several are joined by a blank line;
-    `default_system` is used if there is none; an empty one is left out), then turns in which no
-    two neighbours have the same role (they are joined by a newline). White space around every
-    content is stripped.
+    `default_system` comes first if the request has none; an empty one is left out), then turns in
+    which no two neighbours have the same role (they are joined by a newline). White space around
+    every content is stripped.
 
     Raises `InvalidRequest`, naming the message, for a marker when `markers` is ``reject``.
     """
@@ -129,7 +129,7 @@ def normalize_messages(
             content, count = escape_markers(content, fmt)
             if count and markers is Markers.REJECT:
                 raise InvalidRequest(
-                    f"messages[{position}].content has a line that begins with a role marker "
+                    f"`messages[{position}].content` has a line that begins with a role marker "
                     f"({_listed(fmt)}), which this server does not accept. "
                     "Put something in front of it on its line.",
                     param=f"messages[{position}].content",
@@ -144,8 +144,8 @@ def normalize_messages(
             turns[-1] = Message(last.role, joined, last.merged + message.merged)
         else:
             turns.append(Message(message.role, content, message.merged))
-    if not system and default_system:
-        system.append(default_system)
+    if default_system and not any(m.role == "system" and m.merged for m in messages):
+        system.insert(0, default_system)
     front = "\n\n".join(part for part in system if part)
     return ((Message("system", front),) if front else ()) + tuple(turns), escaped
 

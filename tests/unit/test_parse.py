@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         ({"model": "gpt-4"}, "model", "synthia-demo-tot"),
         ({"tools": [{"type": "function"}]}, "tools", "not trained to call tools"),
         ({"messages": []}, "messages", "at least 1"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "tool"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages[0].role", "tools"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0].content[0].type",
@@ -62,8 +62,8 @@ if TYPE_CHECKING:
                     USER,
                 ]
             },
-            "messages[1].tool_calls",
-            "tools",
+            "messages[1].tool_calls[0].type",
+            "required",
         ),
         ({"max_tokens": 0}, "max_tokens", "1"),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "mean the same"),

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from prometheus_client import CollectorRegistry
 
+from synthia_vllm.api.chat.protocol import ChatMessage, ChatRequest
 from synthia_vllm.api.chat.wire import ChatChunks
 from synthia_vllm.engine.base import EngineRequest, Sampling
 from synthia_vllm.engine.fake import FakeEngine, FakeOutput
 from synthia_vllm.errors import EngineDead
-from synthia_vllm.generate.protocol import SamplingRequest
 from synthia_vllm.generate.response import Delta, Prepared, ResponseState
 from synthia_vllm.http.sse import Stream, WriteBatcher, stream_answer
 from synthia_vllm.telemetry.metrics import BulkHistogram, Metrics
@@ -83,7 +83,9 @@ class Response:
             request_id="x", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=9, n=self.n)
         )
         choices = tuple(Heard() for _ in range(self.n))
-        asked = SamplingRequest(model="m", stream=True)
+        asked = ChatRequest(
+            model="m", messages=[ChatMessage(role="user", content="Hi")], stream=True
+        )
         prepared = Prepared(asked, (request,), choices, usage="never", question="")
         state = ResponseState(prepared, "x")
         series = Metrics(CollectorRegistry()).of("m")

@@ -8,7 +8,7 @@ Source: OpenAI's API reference for chat completions; vLLM's extra parameters.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, Discriminator, Field, Tag
 
@@ -27,6 +27,8 @@ from synthia_vllm.generate.protocol import (
 MAX_MESSAGES: Final = 4096
 MAX_PARTS: Final = 1024
 MAX_METADATA: Final = 16
+MAX_TOOLS: Final = 128
+"""Of a request, and calls of a message."""
 
 _UNSUPPORTED: Final[Unsupported] = {
     **UNSUPPORTED,
@@ -51,10 +53,60 @@ class TextPart(StrictModel):
     text: str
 
 
+FunctionName = Annotated[str, Field(min_length=1, max_length=128)]
+
+
+class FunctionCall(StrictModel):
+    """Which function is called, with what."""
+
+    name: FunctionName
+    arguments: str
+    """JSON, as the model wrote it."""
+
+
+class ToolCall(StrictModel):
+    """A call that the assistant made, in a message or in an answer."""
+
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class Function(StrictModel):
+    """What can be called."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """The schema of its arguments; without one it has none."""
+    strict: bool | None = None
+    """Arguments are held to the schema in any case."""
+
+
+class Tool(StrictModel):
+    """A tool that the request offers; only a function can be forced."""
+
+    type: str
+    function: Function | None = None
+
+
+class ChosenFunction(StrictModel):
+    """The function that is to be called."""
+
+    name: FunctionName
+
+
+class NamedTool(StrictModel):
+    """The one tool that is to be called."""
+
+    type: Literal["function"]
+    function: ChosenFunction
+
+
 class ChatMessage(StrictModel):
     """One message of the conversation so far."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: (
         Annotated[
             Annotated[str, Tag("text")]
@@ -64,6 +116,9 @@ class ChatMessage(StrictModel):
         | None
     ) = None
     """May be missing, as in an answer of nothing but tool calls, for the assistant only."""
+    tool_calls: list[ToolCall] | None = Field(None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = None
+    """Which call a message of a tool is the result of."""
 
     @property
     def text(self) -> str:
@@ -87,10 +142,20 @@ class ChatRequest(GenerationRequest):
     top_logprobs: Int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
+    tools: list[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    """An answer has one call at most, which both values admit."""
     # Labels, as `user`.
     metadata: Annotated[dict[str, str] | None, at_most(MAX_METADATA)] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Tools that are not to be called are left out, where they are not refused."""
+        left_out = self.tools and self.tool_choice in (None, "auto", "none")
+        return (*(("tools",) if left_out else ()), *super().ignored)
 
 
 class TopLogprob(BaseModel):
@@ -117,7 +182,8 @@ class AnswerMessage(BaseModel):
     """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
-    content: str
+    content: str | None
+    tool_calls: list[ToolCall] | None = Field(None, exclude_if=absent)
     refusal: None = None
 
 
@@ -127,7 +193,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AnswerMessage
     logprobs: ChoiceLogprobs | None = None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None = None
     token_ids: list[int] | None = Field(None, exclude_if=absent)
     """With `return_token_ids`: all tokens that ran, those of a stop included."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from synthia_vllm.api.chat.protocol import ChatRequest
+from synthia_vllm.api.chat.tools import forced_tool, refuse_choice, turns
 from synthia_vllm.errors import InvalidRequest
 from synthia_vllm.generate import conversation
 from synthia_vllm.generate.sampling import grammar_of
-from synthia_vllm.template.prompt import Message
 
 if TYPE_CHECKING:
     from synthia_vllm.admission.users import User
@@ -31,18 +31,14 @@ async def prepare(call: Call) -> Prepared:
 
 async def compose(request: ChatRequest, engine: Engine, settings: Settings, user: User) -> Composed:
     """All that is decided of a request by what it says. Raises `InvalidRequest`."""
-    for number, message in enumerate(request.messages):
-        if message.content is None and message.role != "assistant":
-            raise InvalidRequest(
-                f"`messages[{number}].content` is required: a text, or a list of text parts.",
-                param=f"messages[{number}].content",
-                code="missing_required_parameter",
-            )
+    messages = turns(request.messages)
+    # System messages are no turns.
+    continues = [m.role for m in messages if m.role != "system"][-1:] == ["assistant"]
     for name, to_continue in (
         ("continue_final_message", request.continue_final_message is True),
         ("add_generation_prompt", request.add_generation_prompt is False),
     ):
-        if to_continue and not _continues(request):
+        if to_continue and not continues:
             raise InvalidRequest(
                 f"`{name}` asks for the last message to be continued, which is not the "
                 "assistant's: it is answered.",
@@ -53,22 +49,33 @@ async def compose(request: ChatRequest, engine: Engine, settings: Settings, user
         raise InvalidRequest(
             "`top_logprobs` needs `logprobs: true`.", param="top_logprobs", code="invalid_value"
         )
-    return await conversation.compose(
-        request,
-        [Message("system" if m.role == "developer" else m.role, m.text) for m in request.messages],
-        engine,
-        settings,
-        user,
-        max_tokens=_asked_tokens(request),
-        grammar=grammar_of(request),
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-    )
-
-
-def _continues(request: ChatRequest) -> bool:
-    """Whether the last turn is the assistant's; system messages are no turns."""
-    turns = [message.role for message in request.messages if message.role in ("user", "assistant")]
-    return turns[-1:] == ["assistant"]
+    grammar, tool = grammar_of(request), forced_tool(request)
+    if tool is None:
+        refuse_choice(request, settings)
+    elif grammar is not None:
+        raise InvalidRequest(
+            f"`{grammar.param}` and `tool_choice` cannot both rule the answer; send one.",
+            param=grammar.param,
+            code="invalid_value",
+        )
+    else:
+        grammar = tool.grammar
+        messages.append(tool.message)
+    try:
+        return await conversation.compose(
+            request,
+            messages,
+            engine,
+            settings,
+            user,
+            max_tokens=_asked_tokens(request),
+            grammar=grammar,
+            logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        )
+    except InvalidRequest as error:
+        if tool is not None:  # whose message is none of the request's
+            error.under({f"messages[{len(request.messages)}].content": f"{tool.param}.description"})
+        raise
 
 
 def _asked_tokens(request: ChatRequest) -> int | None:
