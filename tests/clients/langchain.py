@@ -27,9 +27,8 @@ parts = [part.content for part in chat.stream([("system", "Be brief."), ("human"
 assert "".join(parts) == answer.content
 assert len(parts) > 10
 assert [a.content for a in chat.batch(["Hi", QUESTION])][1]
-assert isinstance(
-    chat.with_structured_output(Animal, method="json_schema").invoke("A cat?"), Animal
-)
+for method in ("json_schema", "function_calling"):
+    assert isinstance(chat.with_structured_output(Animal, method=method).invoke("A cat?"), Animal)
 raw = OpenAI(max_tokens=8, **where).invoke(f"USER: {QUESTION}\nASSISTANT:")
 assert raw.strip()
 print(answer.content)

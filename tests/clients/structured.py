@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,20 +23,42 @@ class Animal(BaseModel):
 
 
 def use_instructor() -> None:
-    """Structured output by JSON schema, and partial objects while it streams."""
+    """By a forced tool, as it does by default, and by JSON schema: objects, also while they
+    stream, and another try after one that its validator does not like.
+    """
     import instructor
     from openai import OpenAI
 
+    class Doubted(Animal):
+        """What is right the second time."""
+
+        @field_validator("kind")
+        @classmethod
+        def doubt(cls, kind: str) -> str:
+            """The first is wrong, whatever it is."""
+            tries.append(kind)
+            if len(tries) == 1:
+                raise ValueError("say that again")
+            return kind
+
     plain = OpenAI(base_url=URL, api_key="none", max_retries=0)
-    client = instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA)
     asked = {"model": MODEL, "messages": [{"role": "user", "content": "A cat?"}]}
-    assert isinstance(client.chat.completions.create(response_model=Animal, **asked), Animal)
-    parts = list(client.chat.completions.create_partial(response_model=Animal, **asked))
-    assert Animal.model_validate(parts[-1].model_dump())
+    for client in (
+        instructor.from_openai(plain),
+        instructor.from_openai(plain, mode=instructor.Mode.JSON_SCHEMA),
+    ):
+        tries: list[str] = []
+        assert isinstance(client.chat.completions.create(response_model=Animal, **asked), Animal)
+        parts = list(client.chat.completions.create_partial(response_model=Animal, **asked))
+        assert Animal.model_validate(parts[-1].model_dump())
+        assert client.chat.completions.create(response_model=Doubted, max_retries=1, **asked)
+        assert len(tries) == 2
 
 
 def use_pydantic_ai() -> None:
-    """An answer, the next turn with what came back, a stream, native structured output."""
+    """An answer and the next turn with what came back; structured output by a forced tool, as it
+    asks for it by default, also streamed and with a next turn, and natively.
+    """
     from pydantic_ai import Agent, NativeOutput
     from pydantic_ai.models.openai import OpenAIChatModel
     from pydantic_ai.providers.openai import OpenAIProvider
@@ -47,6 +69,14 @@ def use_pydantic_ai() -> None:
     assert first.output
     assert first.usage.output_tokens > 0
     assert agent.run_sync("And a shark?", message_history=first.all_messages()).output
+    forced = Agent(model, output_type=Animal)
+    found = forced.run_sync("A cat?")
+    assert isinstance(found.output, Animal)
+    assert isinstance(
+        forced.run_sync("A dog?", message_history=found.all_messages()).output, Animal
+    )
+    streamed = forced.run_stream_sync("A cat?")
+    assert isinstance(list(streamed.stream_output(debounce_by=None))[-1], Animal)
     native = Agent(model, output_type=NativeOutput(Animal))
     assert isinstance(native.run_sync("A cat?").output, Animal)
 

@@ -128,6 +128,8 @@ def test_default_system_only_if_there_is_none() -> None:
         == "own"
     )
     assert normalize_messages([Message("system", ""), user], default_system="P")[0] == (user,)
+    ours = Message("system", "ours", merged=0)  # is none of the request's, and comes after it
+    assert normalize_messages([user, ours], default_system="P")[0][0].content == "P\n\nours"
 
 
 @pytest.mark.parametrize(("fmt", "end"), [(DOCUMENTED, ""), (EXAMPLE, " ")])
