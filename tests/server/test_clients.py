@@ -114,6 +114,18 @@ def test_openai_structured(live: Running) -> None:
     assert final.choices[0].message.parsed == parsed
 
 
+def test_openai_forced_tool(live: Running) -> None:
+    """The arguments of a forced tool are an object of its class; streamed, the same."""
+    ask = ASK | {"tools": [openai.pydantic_function_tool(Animal)], "tool_choice": "required"}
+    plain = live.client.chat.completions.parse(**ask).choices[0].message.tool_calls
+    assert plain
+    assert isinstance(plain[0].function.parsed_arguments, Animal)
+    with live.client.chat.completions.stream(**ask) as stream:
+        streamed = stream.get_final_completion().choices[0].message.tool_calls
+    assert streamed
+    assert streamed[0].function == plain[0].function
+
+
 def test_openai_errors(live: Running) -> None:
     """Each error is the client's own class for it, and says which field."""
     client = live.client
