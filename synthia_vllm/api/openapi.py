@@ -54,6 +54,6 @@ def _complete(document: dict[str, Any], app: Application) -> None:
         }
         described["responses"] = {
             "200": described["responses"]["200"],
-            "4XX": {"description": "OpenAI's error envelope: what to change"},
-            "5XX": {"description": "OpenAI's error envelope: the server cannot now"},
+            "4XX": {"description": "An error, in its API's envelope: what to change"},
+            "5XX": {"description": "An error, in its API's envelope: the server cannot now"},
         }

@@ -112,7 +112,7 @@ def _refusal(problem: Any) -> InvalidRequest:
     )
 
 
-_UNIONS: Final = ("content", "stop", "prompt", "tool_choice")
+_UNIONS: Final = ("content", "stop", "prompt", "system", "tool_choice")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

@@ -12,6 +12,7 @@ from synthia_vllm.api import (
     batches,
     chat,
     completions,
+    messages,
     models,
     openapi,
     playground,
@@ -82,6 +83,7 @@ def create_app(
     )
     chat.attach(app, state)
     completions.attach(app, state)
+    messages.attach(app, state)
     tokenize.attach(app, state)
     runner = batches.attach(app, state)
     models.attach(app, state)
