@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import anthropic
 import openai
 import pytest
 from pydantic import BaseModel
@@ -22,7 +23,7 @@ from synthia_vllm.engine.fake import FakeEngine
 from synthia_vllm.errors import EngineDead, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tests" / "clients"
@@ -142,10 +143,10 @@ def test_openai_errors(live: Running) -> None:
     assert late.value.status_code == 504
 
 
-def _drain(client: openai.OpenAI, ask: dict[str, Any]) -> None:
+def _drain(ask: Callable[[], object]) -> None:
     """Ask more often than a limit of 60 a minute has room for."""
-    for _ in range(60):
-        client.chat.completions.create(**ask)
+    for _ in range(120):
+        ask()
 
 
 class Busy(FakeEngine):
@@ -167,10 +168,8 @@ def test_openai_retries(tmp_path: Path) -> None:
     with running(FakeEngine(), keys_file=file) as server:
         where: dict[str, Any] = {"base_url": f"{server.url}/v1", "api_key": key}
         with openai.OpenAI(**where, max_retries=0) as hasty:
-            for _ in range(60):
-                hasty.chat.completions.create(**ask)
             with pytest.raises(openai.RateLimitError) as limited:
-                _drain(hasty, ask)
+                _drain(lambda: hasty.chat.completions.create(**ask))
         assert limited.value.code == "requests_per_minute"
         with openai.OpenAI(**where, max_retries=3) as patient:
             assert patient.chat.completions.create(**ask).choices[0].message.content == "Hello."
@@ -193,6 +192,79 @@ def test_openai_retries(tmp_path: Path) -> None:
             client.chat.completions.create(**ask)
         assert dead.value.code == EngineDead().code
         server.app.server_state.engine = engine
+
+
+def test_anthropic(live: Running, answer: str) -> None:
+    """Plain, streamed, put together, counted: chat's greedy answer to the same tokens."""
+    ask: dict[str, Any] = {key: ASK[key] for key in ("model", "messages")}
+    greedy: dict[str, Any] = {"max_tokens": 400, "extra_body": {"temperature": 0}}
+    chat = live.client.chat.completions.create(**ASK)
+    with anthropic.Anthropic(base_url=live.url, api_key="none") as client:
+        plain = client.messages.create(**ask, **greedy)
+        assert plain.content == [anthropic.types.TextBlock(type="text", text=answer)]
+        assert (plain.stop_reason, plain.stop_sequence) == ("end_turn", None)
+        with client.messages.stream(**ask, **greedy) as stream:
+            assert "".join(stream.text_stream) == answer
+            whole = stream.get_final_message()
+        prompt, counts = client.messages.count_tokens(**ask).input_tokens, chat.usage
+        assert counts is not None
+        assert prompt == counts.prompt_tokens
+        for usage in (plain.usage, whole.usage):
+            assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == prompt
+            assert usage.output_tokens == counts.completion_tokens
+        assert whole.usage.cache_read_input_tokens  # it was asked before
+        word = answer.split()[3]
+        cut = client.messages.create(**ask, **greedy, stop_sequences=[word])
+        assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", word)
+        assert cut.content[0].text == answer[: answer.index(word)].rstrip()
+        few = client.messages.create(**ask, **greedy | {"max_tokens": 2})
+        assert (few.stop_reason, few.usage.output_tokens) == ("max_tokens", 2)
+        begun = [*ask["messages"], {"role": "assistant", "content": answer[:20]}]
+        rest = client.messages.create(**ask | {"messages": begun}, **greedy)
+        assert rest.content[0].text
+        parsed = client.messages.parse(**ask, **greedy, output_format=Animal)
+        assert isinstance(parsed.parsed_output, Animal)
+        with pytest.raises(anthropic.BadRequestError, match=r"`stop_sequences\[0\]`"):
+            client.messages.create(**ask, **greedy, stop_sequences=[""])
+
+
+def test_anthropic_async(live: Running, answer: str) -> None:
+    """Many at once from one event loop."""
+
+    async def main() -> list[str]:
+        async with anthropic.AsyncAnthropic(base_url=live.url, api_key="none") as client:
+            ask: dict[str, Any] = {key: ASK[key] for key in ("model", "messages")}
+            ask |= {"max_tokens": 400, "extra_body": {"temperature": 0}}
+
+            async def one() -> str:
+                async with client.messages.stream(**ask) as stream:
+                    return "".join([piece async for piece in stream.text_stream])
+
+            return await asyncio.gather(*(one() for _ in range(8)))
+
+    assert asyncio.run(main()) == [answer] * 8
+
+
+def test_anthropic_retries(tmp_path: Path) -> None:
+    """The client tries again after 429 and 503, at the time that it is told; by itself."""
+    ask: dict[str, Any] = {"model": "synthia-demo", "max_tokens": 9}
+    ask["messages"] = [{"role": "user", "content": "Hi"}]
+    key, hashed = new_key()
+    file = tmp_path / "keys.yaml"
+    file.write_text(f"users:\n  ann:\n    keys: ['{hashed}']\n    requests_per_minute: 60\n")
+    with (
+        running(FakeEngine(), keys_file=file) as server,
+        anthropic.Anthropic(base_url=server.url, api_key=key, max_retries=0) as hasty,
+    ):
+        with pytest.raises(anthropic.RateLimitError):
+            _drain(lambda: hasty.messages.create(**ask))
+        patient = hasty.with_options(max_retries=3)
+        assert patient.messages.create(**ask).stop_reason == "end_turn"
+    with running(FakeEngine()) as server:
+        server.app.server_state.engine = busy = Busy()
+        with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=2) as client:
+            assert client.messages.create(**ask).stop_reason == "end_turn"
+        assert len(busy.seen) == 3
 
 
 def test_langchain(live: Running) -> None:
@@ -269,7 +341,7 @@ def test_table_of_clients() -> None:
     """docs/clients.md names each client with the version that these tests run."""
     page = (ROOT / "docs" / "clients.md").read_text()
     named = dict(re.findall(r"(?m)^\| `([a-z@/-]+)[^|]*` \| ([0-9.]+) \|", page))
-    found = {name: version(name) for name in ("openai", "lm-eval", "pydantic-ai-slim")}
+    found = {name: version(name) for name in ("openai", "anthropic", "lm-eval", "pydantic-ai-slim")}
     packages = json.loads((SCRIPTS / "node" / "package-lock.json").read_text())["packages"]
     for name in ("ai", "@ai-sdk/openai-compatible"):
         found[name] = packages[f"node_modules/{name}"]["version"]
