@@ -167,9 +167,11 @@ def test_openai_retries(tmp_path: Path) -> None:
     file.write_text(f"users:\n  ann:\n    keys: ['{hashed}']\n    requests_per_minute: 60\n")
     with running(FakeEngine(), keys_file=file) as server:
         where: dict[str, Any] = {"base_url": f"{server.url}/v1", "api_key": key}
-        with openai.OpenAI(**where, max_retries=0) as hasty:
-            with pytest.raises(openai.RateLimitError) as limited:
-                _drain(lambda: hasty.chat.completions.create(**ask))
+        with (
+            openai.OpenAI(**where, max_retries=0) as hasty,
+            pytest.raises(openai.RateLimitError) as limited,
+        ):
+            _drain(lambda: hasty.chat.completions.create(**ask))
         assert limited.value.code == "requests_per_minute"
         with openai.OpenAI(**where, max_retries=3) as patient:
             assert patient.chat.completions.create(**ask).choices[0].message.content == "Hello."
@@ -212,7 +214,11 @@ def test_anthropic(live: Running, answer: str) -> None:
         for usage in (plain.usage, whole.usage):
             assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == prompt
             assert usage.output_tokens == counts.completion_tokens
-        assert whole.usage.cache_read_input_tokens  # it was asked before
+        long = ask | {"system": "Be brief. " * 100}
+        _, again = (client.messages.create(**long, max_tokens=1).usage for _ in range(2))
+        read = again.cache_read_input_tokens
+        assert read  # it was asked before
+        assert again.input_tokens + read == client.messages.count_tokens(**long).input_tokens
         word = answer.split()[3]
         cut = client.messages.create(**ask, **greedy, stop_sequences=[word])
         assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", word)
