@@ -78,23 +78,26 @@ async def end(target: Target, batch: str) -> None:
         await asyncio.sleep(0.1)
 
 
-async def answered(target: Target) -> float:
-    return (await target.metrics()).get('synthia_batch_lines_total{result="completed"}', 0.0)
-
-
 async def run_batch(target: Target, texts: list[str], tokens: int) -> dict[str, float]:
-    """Seconds from the first line's begin to the last one's end, and the API process's CPU."""
-    before = await answered(target)
-    await begin(target, texts, tokens)
-    while not (await target.metrics())["synthia_batch_running"]:
-        await asyncio.sleep(0.01)
+    """Seconds from where the file has been looked at to the end, and the API process's CPU."""
+    batch = await begin(target, texts, tokens)
+    await until(target, batch, "in_progress", 0.02)
     begun, cpu = time.perf_counter(), cpu_seconds(target.process.pid)
-    while (done := await answered(target) - before) < len(texts):
-        say(f"batch: {done:.0f} of {len(texts)} lines")
-        await asyncio.sleep(0.1)
+    await until(target, batch, "completed", 0.1)
     seconds = time.perf_counter() - begun
     spent = cpu_seconds(target.process.pid) - cpu
     return {"seconds": seconds, "cpu": spent, "tokens": float(tokens * len(texts))}
+
+
+async def until(target: Target, batch: str, status: str, pause: float) -> None:
+    """Wait until the batch is that far; asked seldom, for asking costs CPU, too."""
+    while True:
+        async with target.session.get(f"{target.url}/v1/batches/{batch}") as response:
+            is_now = await response.json()
+        if is_now["status"] in (status, "completed"):
+            return
+        say(f"batch: {is_now['status']}, {is_now['request_counts']['completed']} lines")
+        await asyncio.sleep(pause)
 
 
 async def user(target: Target, seconds: float, draw: random.Random) -> dict[str, float]:
@@ -160,7 +163,8 @@ async def main(args: argparse.Namespace) -> None:
                     result["rounds"] = await speed(target, direct, args, texts)
             alone = await user(target, args.seconds, draw)
             batch = await begin(target, texts(200_000), tokens)
-            await asyncio.sleep(12)  # the file has been looked at, and the user is not known yet
+            await until(target, batch, "in_progress", 0.5)
+            await asyncio.sleep(6)  # the user who was there before is forgotten
             beside = await user(target, args.seconds, draw)
             await end(target, batch)
             result |= {"alone": alone, "beside": beside}

@@ -26,7 +26,7 @@ from synthia_vllm.http.body import (
     read_body,
 )
 from synthia_vllm.http.errors import error_response, request_id
-from synthia_vllm.http.sse import WRITE, Stream, WriteBatcher, stream_answer
+from synthia_vllm.http.sse import WRITE, Stream, stream_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,13 +50,12 @@ class Endpoint:
     def __init__(self, state: ServerState, route: GenerationRoute) -> None:
         self._state = state
         self._route = route
-        self._batcher = WriteBatcher()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = self._state
         write = scope.get("extensions", {}).get(WRITE, {}).get("part")
         headers = dict(scope["headers"])
-        exchange = _Exchange(state, self._route, headers, send, write=write, batcher=self._batcher)
+        exchange = _Exchange(state, self._route, headers, send, write=write)
         state.open(exchange)
         try:
             permit = await exchange.admit()
@@ -84,14 +83,12 @@ class _Exchange:
         send: Send,
         *,
         write: Callable[[bytes], bool] | None,
-        batcher: WriteBatcher,
     ) -> None:
         self._state = state
         self._route = route
         self._request_headers = headers
         self._send = send
         self._write = write
-        self._batcher = batcher
         self._arrived = time.perf_counter()
         self._span = None
         if state.tracer:
@@ -165,7 +162,7 @@ class _Exchange:
             stream = Stream(
                 response,
                 events,
-                self._batcher,
+                state.writes,
                 state.metrics.of(prepared.model),
                 arrived=self._arrived,
                 write=self._write,

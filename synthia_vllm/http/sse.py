@@ -56,10 +56,14 @@ class WriteBatcher:
     microseconds; one that is behind finds several, and gains what it needs to catch up.
     """
 
-    __slots__ = ("_streams",)
+    __slots__ = ("_streams", "gap_seconds", "gaps")
 
     def __init__(self) -> None:
         self._streams: list[Stream] = []
+        self.gaps = 0
+        """Rounds so far, which are steps of the engine where the loop keeps up."""
+        self.gap_seconds = 0.0
+        """How long one stream in each of them had waited for its text."""
 
     def add(self, stream: Stream) -> None:
         """Have `stream` flushed in this round."""
@@ -69,6 +73,9 @@ class WriteBatcher:
 
     def _flush(self) -> None:
         streams, self._streams = self._streams, []
+        if streams[0].gap:
+            self.gaps += 1
+            self.gap_seconds += streams[0].gap
         for stream in streams:
             stream.flush()
 
@@ -95,6 +102,7 @@ class Stream:
         "_wake",
         "_write",
         "events",
+        "gap",
     )
 
     def __init__(
@@ -119,6 +127,8 @@ class Stream:
         self._wake: asyncio.Future[None] | None = None
         self._last_text: float | None = None
         self._gaps: list[float] = []
+        self.gap = 0.0
+        """Seconds between the last text and the one before it."""
 
     def put(self, output: Output, cached_tokens: int) -> None:
         """Take what the engine says next."""
@@ -205,7 +215,8 @@ class Stream:
             self._state.first_text_at = now
             self._series.time_to_first_token.observe(now - self._arrived)
         else:
-            self._gaps.append(now - self._last_text)
+            self.gap = now - self._last_text
+            self._gaps.append(self.gap)
             if len(self._gaps) == _GAPS_AT_ONCE:
                 self.count()
         self._last_text = now

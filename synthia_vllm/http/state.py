@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 from synthia_vllm.admission.permits import AdmissionController
 from synthia_vllm.admission.users import new_cache_secret
 from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
+from synthia_vllm.http.sse import WriteBatcher
 from synthia_vllm.telemetry.tracing import Tracer
 from synthia_vllm.telemetry.transcript import Transcripts
 
@@ -77,6 +78,7 @@ class ServerState:
             max_queue_seconds=settings.limits.max_queue_seconds,
             cache_secret=new_cache_secret() if settings.cache_per_user else None,
         )
+        self.writes = WriteBatcher()
         self._open: set[Endable] = set()
         self._transcripts: Transcripts | None = None
         where = settings.transcripts

@@ -24,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Final
 from pydantic_core import to_json
 
 from synthia_vllm.admission.permits import BatchPermit
+from synthia_vllm.api.batches.pace import Pace
 from synthia_vllm.api.batches.protocol import (
     BatchError,
     BatchErrors,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LOOK_S: Final = 1.0  # for new batches, for those to be cancelled, for the time that is over
+_PACE_S: Final = 0.2
 _REMOVE_S: Final = 3600.0
 _DISK_S: Final = 10.0  # until a disk that was full is tried again
 # Users have gone when they have been gone so long: one who reads an answer sends the next question.
@@ -93,6 +95,7 @@ class BatchRunner:
         self._wake = asyncio.Event()
         self._users = 0
         self._last_user = -_LINGER_S
+        self._pace: Pace | None = None
         self._works: list[_Work] = []
         self._runs: list[_Run] = []
         self._places = 0
@@ -126,10 +129,10 @@ class BatchRunner:
                 if now - looked >= _LOOK_S:
                     looked = now
                     await self._look()
-                await self._write()
                 await self._fill()
+                await self._write()
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_S if self._works else 2 * _LOOK_S):
+                    async with asyncio.timeout(_PACE_S if self._works else _LOOK_S):
                         await self._wake.wait()
                 self._wake.clear()
         finally:
@@ -156,8 +159,15 @@ class BatchRunner:
             return 0
         all_places = self._state.engine.model_info.max_num_seqs
         allowed = all_places - self._users - max(1, all_places // _PLACES_TO_A_FREE_ONE)
-        if self._users or time.monotonic() - self._last_user < _LINGER_S:
-            allowed = min(allowed, int(self._state.settings.batches.beside_users * all_places))
+        now = time.monotonic()
+        if self._users or now - self._last_user < _LINGER_S:
+            if self._pace is None:
+                self._pace = Pace(int(self._state.settings.batches.beside_users * all_places))
+            if self._users:
+                self._pace.note(now, self._state.writes.gaps, self._state.writes.gap_seconds)
+            allowed = min(allowed, self._pace.limit)
+        elif self._pace is not None:
+            self._pace.rest()
         return max(allowed, 0)
 
     async def _fill(self) -> None:
