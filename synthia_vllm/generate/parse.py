@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _MOST_IGNORED: Final = 16
 """Paths that are told; of more, that there are more."""
+UNSUPPORTED_VALUE: Final = "unsupported_value"
+"""The type of a `PydanticCustomError` whose text is why a value cannot be had."""
 
 Parsed = TypeVar("Parsed", bound=StrictModel)
 
@@ -90,6 +92,10 @@ def _refusal(problem: Any) -> InvalidRequest:
         return InvalidRequest(
             f"The body is not valid JSON: {problem['ctx']['error']}.", code="invalid_json"
         )
+    if kind == UNSUPPORTED_VALUE:
+        return InvalidRequest(
+            f"`{path}` is {_short(value)}: {problem['msg']}.", param=path, code="unsupported_value"
+        )
     if last == "role" and value in ("tool", "function"):
         return InvalidRequest(
             f"`{path}` is {value!r}: {NO_TOOLS}.", param=path, code="unsupported_value"
@@ -112,7 +118,7 @@ def _refusal(problem: Any) -> InvalidRequest:
     )
 
 
-_UNIONS: Final = ("content", "stop", "prompt", "system", "tool_choice")
+_UNIONS: Final = ("content", "stop", "prompt", "input", "system", "tool_choice")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:

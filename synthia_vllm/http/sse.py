@@ -169,7 +169,8 @@ class Stream:
         if self._direct is None or not self._kept or not self._state.open_choices:
             return
         try:
-            if not self._direct(self._take()):
+            chunk = self._take()
+            if chunk and not self._direct(chunk):  # an empty chunk would end the body
                 self._direct = None
         except Exception:  # the caller has other streams to flush
             self._break()

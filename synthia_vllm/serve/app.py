@@ -17,6 +17,7 @@ from synthia_vllm.api import (
     openapi,
     playground,
     probes,
+    responses,
     tokenize,
 )
 from synthia_vllm.http.application import Application
@@ -82,6 +83,7 @@ def create_app(
         redirect_slashes=False,  # a trailing slash is served, see `Gate`
     )
     chat.attach(app, state)
+    responses.attach(app, state)
     completions.attach(app, state)
     messages.attach(app, state)
     tokenize.attach(app, state)
