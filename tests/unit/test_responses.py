@@ -13,7 +13,7 @@ from chat_api import PIECES, USER, key_file
 from chat_api import post as chat
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
-from serving import Running, running
+from serving import Running, running, wait_until
 
 from synthia_vllm.engine.fake import FakeEngine
 from synthia_vllm.errors import EngineDead, EngineFault, GrammarTooComplex, RateLimited
@@ -549,16 +549,19 @@ def test_users_limits_hold(tmp_path: Path) -> None:
         error = post(server, {"max_output_tokens": 60}, headers=headers["ann"]).json()["error"]
         assert error["param"] == "max_output_tokens"
         assert "`max_output_tokens` is 60" in error["message"]
-        found = whole(post(server, headers=headers["ann"]))
-        for kind, name in (("prompt", "input_tokens"), ("answer", "output_tokens")):
-            counted = server.value("synthia_user_tokens_total", user="ann", kind=kind)
-            assert counted == found["usage"][name]
+        usage = whole(post(server, headers=headers["ann"]))["usage"]
+        counts = {"prompt": usage["input_tokens"], "answer": usage["output_tokens"]}
+        wait_until(lambda: counts == {kind: _tokens_of_ann(server, kind) for kind in counts})
         assert post(server, headers=headers["ann"]).status_code == 200
         limited = post(server, headers=headers["ann"])
         assert limited.status_code == 429
         assert "retry-after" in limited.headers
-        ok = server.value("synthia_requests_total", route=PATH, model=MODEL, status="200")
-        assert ok == 2
+        served = {"route": PATH, "model": MODEL, "status": "200"}
+        wait_until(lambda: server.value("synthia_requests_total", **served) == 2)
+
+
+def _tokens_of_ann(server: Running, kind: str) -> float:
+    return server.value("synthia_user_tokens_total", user="ann", kind=kind)
 
 
 def test_openapi_describes_the_route(server: Running) -> None:
