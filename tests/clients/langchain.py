@@ -29,6 +29,15 @@ assert len(parts) > 10
 assert [a.content for a in chat.batch(["Hi", QUESTION])][1]
 for method in ("json_schema", "function_calling"):
     assert isinstance(chat.with_structured_output(Animal, method=method).invoke("A cat?"), Animal)
+newer = ChatOpenAI(use_responses_api=True, **where)
+first = newer.invoke([("system", "Be brief."), ("human", QUESTION)])
+assert first.text == answer.content
+parts = [part.text for part in newer.stream([("system", "Be brief."), ("human", QUESTION)])]
+assert "".join(parts) == answer.content
+assert newer.invoke([("human", QUESTION), first, ("human", "And a shark?")]).text
+assert isinstance(
+    newer.with_structured_output(Animal, method="json_schema").invoke("A cat?"), Animal
+)
 raw = OpenAI(max_tokens=8, **where).invoke(f"USER: {QUESTION}\nASSISTANT:")
 assert raw.strip()
 print(answer.content)

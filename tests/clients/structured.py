@@ -56,29 +56,42 @@ def use_instructor() -> None:
 
 
 def use_pydantic_ai() -> None:
-    """An answer and the next turn with what came back; structured output by a forced tool, as it
-    asks for it by default, also streamed and with a next turn, and natively.
+    """Both models: an answer, the next turn with what came back, a stream, native structured output;
+    chat's by a forced tool, as it asks for it by default, also streamed and with a next turn.
     """
-    from pydantic_ai import Agent, NativeOutput
-    from pydantic_ai.models.openai import OpenAIChatModel
+    import asyncio
+
+    from pydantic_ai import Agent, ModelSettings, NativeOutput
+    from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
     from pydantic_ai.providers.openai import OpenAIProvider
 
-    model = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=URL, api_key="none"))
-    agent = Agent(model, instructions="Be brief.")
-    first = agent.run_sync(QUESTION)
-    assert first.output
-    assert first.usage.output_tokens > 0
-    assert agent.run_sync("And a shark?", message_history=first.all_messages()).output
-    forced = Agent(model, output_type=Animal)
+    async def streamed(agent: Agent) -> str:
+        async with agent.run_stream(QUESTION) as stream:
+            parts = [part async for part in stream.stream_text(delta=True, debounce_by=None)]
+            assert stream.usage.output_tokens > 0
+        assert len(parts) > 10
+        return "".join(parts)
+
+    said = []
+    for kind in (OpenAIChatModel, OpenAIResponsesModel):
+        model = kind(MODEL, provider=OpenAIProvider(base_url=URL, api_key="none"))
+        agent = Agent(model, instructions="Be brief.", model_settings=ModelSettings(temperature=0))
+        first = agent.run_sync(QUESTION)
+        assert first.usage.output_tokens > 0
+        said += [first.output, asyncio.run(streamed(agent))]
+        assert agent.run_sync("And a shark?", message_history=first.all_messages()).output
+        native = Agent(model, output_type=NativeOutput(Animal))
+        assert isinstance(native.run_sync("A cat?").output, Animal)
+    assert said[0]
+    assert said == said[:1] * 4
+    chat = OpenAIChatModel(MODEL, provider=OpenAIProvider(base_url=URL, api_key="none"))
+    forced = Agent(chat, output_type=Animal)
     found = forced.run_sync("A cat?")
     assert isinstance(found.output, Animal)
-    assert isinstance(
-        forced.run_sync("A dog?", message_history=found.all_messages()).output, Animal
-    )
-    streamed = forced.run_stream_sync("A cat?")
-    assert isinstance(list(streamed.stream_output(debounce_by=None))[-1], Animal)
-    native = Agent(model, output_type=NativeOutput(Animal))
-    assert isinstance(native.run_sync("A cat?").output, Animal)
+    further = forced.run_sync("A dog?", message_history=found.all_messages())
+    assert isinstance(further.output, Animal)
+    live = forced.run_stream_sync("A cat?")
+    assert isinstance(list(live.stream_output(debounce_by=None))[-1], Animal)
 
 
 def use_llama_index() -> None:

@@ -32,6 +32,9 @@ QUESTION = "What is the difference between an Orca, Dolphin and a Seal?"
 ASK: dict[str, Any] = {
     "model": "synthia-demo", "messages": [{"role": "user", "content": QUESTION}], "temperature": 0
 }  # fmt: skip
+ASKED_FOR_LOGPROBS: dict[str, Any] = {
+    "include": ["message.output_text.logprobs"], "top_logprobs": 2
+}  # fmt: skip
 OF_OTHERS = (
     "langchain-openai", "litellm", "llm", "guidellm", "instructor", "llama-index-llms-openai-like",
     "dspy", "vllm-router", "smg",
@@ -125,6 +128,45 @@ def test_openai_forced_tool(live: Running) -> None:
         streamed = stream.get_final_completion().choices[0].message.tool_calls
     assert streamed
     assert streamed[0].function == plain[0].function
+
+
+def test_openai_responses(live: Running, answer: str) -> None:
+    """The newer API: chat's greedy answer plain and streamed, the next turn, JSON, logprobs."""
+    client = live.client
+    ask: dict[str, Any] = {"model": "synthia-demo", "input": QUESTION, "temperature": 0}
+    plain = client.responses.create(**ASKED_FOR_LOGPROBS, **ask)
+    assert plain.output_text == answer
+    assert plain.usage is not None
+    with client.responses.stream(**ask) as stream:
+        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
+        whole = stream.get_final_response()
+    assert "".join(deltas) == whole.output_text == answer
+    assert len(deltas) > 10
+    assert whole.usage is not None
+    assert whole.usage.output_tokens == plain.usage.output_tokens
+    content: Any = plain.output[0]
+    places = content.content[0].logprobs
+    assert bytes(byte for place in places for byte in place.bytes).decode().strip() == answer
+    assert all(len(place.top_logprobs) == 2 for place in places)
+    turns: list[Any] = [{"role": "user", "content": QUESTION}]
+    then: Any = {"role": "user", "content": "And a shark?"}
+    further = client.responses.create(**ask | {"input": [*turns, *plain.output, then]})
+    by_chat = client.chat.completions.create(
+        **ASK | {"messages": [*turns, {"role": "assistant", "content": answer}, then]}
+    )
+    assert further.output_text == by_chat.choices[0].message.content
+    assert further.usage is not None
+    assert further.usage.input_tokens == by_chat.usage.prompt_tokens  # type: ignore[union-attr]
+    ask["input"] = "A cat?"
+    parsed = client.responses.parse(**ask, text_format=Animal).output_parsed
+    assert isinstance(parsed, Animal)
+    with client.responses.stream(**ask, text_format=Animal) as stream:
+        assert stream.get_final_response().output_parsed == parsed
+    schema = {"type": "object", "properties": {"a": {"not": {}}}}
+    form: Any = {"type": "json_schema", "name": "a", "schema": schema}
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.responses.create(**ask, text={"format": form})
+    assert str(bad.value.param).startswith("text.format.schema")
 
 
 def test_openai_errors(live: Running) -> None:
