@@ -15,6 +15,7 @@ from synthia_vllm import __version__
 from synthia_vllm.api.chat.protocol import ChatRequest
 from synthia_vllm.api.completions.protocol import CompletionRequest
 from synthia_vllm.api.messages.protocol import MessagesRequest
+from synthia_vllm.api.responses.protocol import ResponsesRequest
 from synthia_vllm.api.tokenize.protocol import TokenizeRequest
 from synthia_vllm.settings import Limits, Settings
 from synthia_vllm.telemetry.metrics import Metrics
@@ -34,7 +35,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_every_request_field_is_documented() -> None:
     """docs/api.md names each field that requests may have."""
-    for request in (ChatRequest, CompletionRequest, MessagesRequest, TokenizeRequest):
+    requests = (ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest, TokenizeRequest)
+    for request in requests:
         for field in request.model_fields:
             assert f"`{field}`" in API, field
 
