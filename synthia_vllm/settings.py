@@ -103,6 +103,7 @@ class Settings(_Section):
     metrics: Literal["open", "key", "off"] = "open"
     limits: Limits = Limits()
     page: bool = True
+    cors_origins: tuple[str, ...] = ()
     keepalive_seconds: float = Field(3900.0, gt=0)
     sse_keepalive_seconds: float = Field(0.0, ge=0)
     transcripts: Transcript = Transcript()

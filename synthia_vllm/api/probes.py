@@ -44,6 +44,17 @@ def attach(app: Application, state: ServerState) -> None:
             below = dict(state.engine.model_info.versions)
         return {"version": __version__, **below}
 
+    @app.api_route("/ping", methods=["GET", "POST"], operation_id="ping")
+    async def ping() -> JSONResponse:
+        """As `/health`, by the name that SageMaker asks for."""
+        return await health()
+
+    # Not `async`: of several processes it reads files.
+    @app.get("/load")
+    def load() -> dict[str, int]:
+        """Requests for text that are being answered, as vLLM tells them."""
+        return {"server_load": state.metrics.in_flight_of_all()}
+
     if state.settings.metrics == "off":
         return
 

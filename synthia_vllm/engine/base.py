@@ -157,6 +157,8 @@ class ModelInfo:
     """Answers that are generated at the same time; more wait."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the software below the seam, by package name."""
+    revision: str = ""
+    """What the weights and the tokenizer are another of when it is another."""
 
 
 class Sink(Protocol):

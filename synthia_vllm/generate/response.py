@@ -183,6 +183,7 @@ class ResponseState:
         "begun",
         "cached_tokens",
         "created",
+        "fingerprint",
         "finish_reasons",
         "first_text_at",
         "open_choices",
@@ -198,12 +199,15 @@ class ResponseState:
         *,
         began: Callable[[], None] = lambda: None,
         keep_text: bool = False,
+        fingerprint: str = "",
     ) -> None:
         choices = prepared.choices
         self.prepared = prepared
         self.request_id = request_id
         self.created = int(time.time())
         """Seconds since 1970."""
+        self.fingerprint = fingerprint
+        """What the same request may be answered otherwise by when it is another."""
         self._choices: list[Choice | None] = list(choices)
         self._begun = [False] * len(choices)
         self._on_begin = began

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from synthia_vllm.http.handler import Endpoint
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
-    from starlette.types import Receive, Scope, Send
+    from starlette.types import ASGIApp, Receive, Scope, Send
 
     from synthia_vllm.http.errors import Envelope
     from synthia_vllm.http.route import GenerationRoute
@@ -30,6 +31,16 @@ class Application(FastAPI):
         self.envelopes: dict[str, Envelope] = {}
         """By path: how errors are told there, where it is not OpenAI's way."""
         self._endpoints: dict[str, Endpoint] = {}
+        self._outermost: ASGIApp = self._serve
+        origins = state.settings.cors_origins
+        if origins:
+            self._outermost = CORSMiddleware(
+                self._serve,
+                allow_origins=origins,
+                allow_methods=("GET", "POST", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=("*",),
+            )
 
     def add_generation(self, route: GenerationRoute) -> None:
         """Serve `route`."""
@@ -40,6 +51,9 @@ class Application(FastAPI):
         self.router.routes.append(Route(route.path, endpoint, methods=["POST"]))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._outermost(scope, receive, send)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST":
             endpoint = self._endpoints.get(scope["path"].rstrip("/"))
             if endpoint is not None:

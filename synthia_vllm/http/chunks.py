@@ -34,6 +34,7 @@ class Chunks:
             "object": self.kind,
             "created": state.created,
             "model": prepared.model,
+            "system_fingerprint": state.fingerprint,
         }
         self._state = state
         self._head = b"data: " + to_json(head)[:-1]

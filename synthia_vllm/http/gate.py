@@ -31,7 +31,7 @@ class Gate:
     def __init__(self, app: ASGIApp, state: ServerState) -> None:
         self._app = app
         self._state = state
-        self._open = {"/health", "/ready", "/"}
+        self._open = {"/health", "/ping", "/ready", "/"}
         if state.settings.metrics == "open":
             self._open.add("/metrics")
 
@@ -63,7 +63,7 @@ class Gate:
             self._state.metrics.requests.labels(route_of(scope), "", str(status)).inc()
 
     def _user(self, path: str, headers: dict[bytes, bytes]) -> str:
-        listed = path in ("/v1/models", "/version") or path.startswith("/v1/models/")
+        listed = path in ("/v1/models", "/version", "/load") or path.startswith("/v1/models/")
         if listed and self._state.settings.discovery == "open" and not keyed(headers):
             return ANONYMOUS
         return identify(self._state, headers)

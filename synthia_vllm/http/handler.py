@@ -152,7 +152,11 @@ class _Exchange:
         if prepared.request.ignored:
             state.note_ignored(prepared.request.ignored)
         self._response = response = ResponseState(
-            prepared, self.id, began=permit.began, keep_text=state.keeps_text
+            prepared,
+            self.id,
+            began=permit.began,
+            keep_text=state.keeps_text,
+            fingerprint=state.fingerprint,
         )
         if prepared.stream:
             self._events = events = route.events(response)
@@ -264,7 +268,7 @@ class _Exchange:
 
     def _facts(self) -> list[tuple[bytes, bytes]]:
         """Headers that say something of the user and of the request."""
-        headers = []
+        headers = [(name, self.id.encode()) for name in self._route.id_headers]
         if self._user is not None:
             headers += self._state.admission.headers(self._user)
         if self._prepared is not None and self._prepared.dropped_messages:

@@ -37,3 +37,5 @@ class GenerationRoute:
     """Makes what writes the events of a streamed one."""
     envelope: Envelope = openai_envelope
     """Makes the body of an error."""
+    id_headers: tuple[bytes, ...] = ()
+    """Headers that tell the request's id, beside ``X-Request-Id``."""

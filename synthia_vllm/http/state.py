@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import hashlib
 import logging
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from synthia_vllm.admission.permits import AdmissionController
@@ -14,6 +16,7 @@ from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
 from synthia_vllm.http.sse import WriteBatcher
 from synthia_vllm.telemetry.tracing import Tracer
 from synthia_vllm.telemetry.transcript import Transcripts
+from synthia_vllm.template.formats import VERSION
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,6 +107,15 @@ class ServerState:
     def drain(self) -> None:
         """Take no more requests."""
         self._phase = "draining"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the same request may be answered otherwise by when it is another: OpenAI's
+        `system_fingerprint`, of the engine, the model's files and the prompt's spelling.
+        """
+        info, settings = self.engine.model_info, self.settings
+        parts = (sorted(info.versions.items()), info.revision, settings.format, VERSION)
+        return f"fp_{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
     @property
     def in_flight(self) -> int:

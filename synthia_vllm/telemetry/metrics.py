@@ -193,11 +193,18 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """All series in Prometheus' text format; of all processes, where they share them."""
-        registry = self.registry
-        if shared():
-            registry = CollectorRegistry()
-            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-        return generate_latest(registry)
+        return generate_latest(self._of_all())
+
+    def in_flight_of_all(self) -> int:
+        """Requests being answered, by all processes."""
+        return int(self._of_all().get_sample_value("synthia_requests_in_flight") or 0)
+
+    def _of_all(self) -> CollectorRegistry:
+        if not shared():
+            return self.registry
+        registry = CollectorRegistry()
+        multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return registry
 
     def _of(self, model: str) -> ModelSeries:
         """The series of `model`, which must be a served name. Use `of`, which remembers them."""

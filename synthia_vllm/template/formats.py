@@ -48,4 +48,7 @@ of its own that is not there when the same conversation comes back one turn late
 misses the prefix cache once.
 """
 
+VERSION: Final = 1
+"""Of how a conversation becomes text; to be raised when the same messages become another text."""
+
 FORMATS: Final[Mapping[str, PromptFormat]] = {fmt.name: fmt for fmt in (DOCUMENTED, EXAMPLE)}

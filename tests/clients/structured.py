@@ -56,7 +56,7 @@ def use_instructor() -> None:
 
 
 def use_pydantic_ai() -> None:
-    """Both models: an answer, the next turn with what came back, a stream, native structured output;
+    """Both models: an answer, the next turn with what came back, a stream, an object natively;
     chat's by a forced tool, as it asks for it by default, also streamed and with a next turn.
     """
     import asyncio

@@ -277,7 +277,7 @@ class BatchRunner:
                 param="stream",
                 code="unsupported_parameter",
             )
-        response = ResponseState(prepared, name)
+        response = ResponseState(prepared, name, fingerprint=state.fingerprint)
         collector = ResponseCollector(response)
         try:
             async with prepared.submit(state.engine, collector):

@@ -206,6 +206,7 @@ class ChatCompletion(BaseModel):
     object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
     prompt_token_ids: list[int] | None = Field(None, exclude_if=absent)
@@ -217,6 +218,8 @@ class RenderedPrompt(BaseModel):
     prompt: str
     """The text, after the one <s> that the tokenizer puts in front."""
     prompt_token_ids: list[int]
+    token_ids: list[int]
+    """The same, by the name that llm-d's endpoint picker asks for."""
     count: int
     max_model_len: int
     max_tokens: int

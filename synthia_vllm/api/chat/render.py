@@ -32,6 +32,7 @@ def add_render(app: Application, state: ServerState) -> None:
         return RenderedPrompt(
             prompt=composed.text,
             prompt_token_ids=composed.token_ids,
+            token_ids=composed.token_ids,
             count=len(composed.token_ids),
             max_model_len=engine.model_info.max_model_len,
             max_tokens=sampling.max_tokens,

@@ -28,6 +28,7 @@ def body(state: ResponseState, choices: list[Delta]) -> ChatCompletion:
         id=f"{ChatChunks.id_prefix}-{state.request_id}",
         created=state.created,
         model=prepared.model,
+        system_fingerprint=state.fingerprint,
         choices=[
             ChatChoice(
                 index=choice.choice,

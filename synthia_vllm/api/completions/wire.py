@@ -19,6 +19,7 @@ def body(state: ResponseState, choices: list[Delta]) -> Completion:
         id=f"{TextChunks.id_prefix}-{state.request_id}",
         created=state.created,
         model=prepared.model,
+        system_fingerprint=state.fingerprint,
         choices=[
             CompletionChoice(
                 index=choice.choice,

@@ -24,6 +24,7 @@ ROUTE: Final = GenerationRoute(
     body=body,
     events=MessageEvents,
     envelope=envelope,
+    id_headers=(b"request-id",),
 )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from synthia_vllm.engine.base import Grammar, ModelInfo
 from synthia_vllm.engine.grammar_checker import GrammarChecker
 from synthia_vllm.engine.vllm.errors import translate_error, translate_startup_errors
+from synthia_vllm.engine.vllm.hub import revision_of
 from synthia_vllm.engine.vllm.launch import (
     CLOSING_SECONDS,
     EngineClientConfig,
@@ -176,6 +177,11 @@ class VllmEngine:
             max_num_seqs=scheduler.max_num_seqs
             * llm.vllm_config.parallel_config.data_parallel_size,
             versions=versions(),
+            # transformers keeps there which commit of the hub it read.
+            revision=revision_of(
+                llm.model_config.model,
+                getattr(llm.model_config.hf_config, "_commit_hash", None),
+            ),
         )
 
     async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+_SMALL: Final = 1 << 20
 _NO_GGUF: Final = (
     "this vLLM loads no GGUF. Take the model's own files (config.json with safetensors or .bin "
     "weights); smaller ones are AWQ, GPTQ or FP8 (docs/models.md)."
@@ -58,6 +60,25 @@ def check_model(model: str, progress: Callable[[str], None]) -> None:
         ) from error
     except HfHubHTTPError as error:
         raise StartupError(f"The model hub does not give out {model}. {ways_out}") from error
+
+
+def revision_of(model: str, commit: str | None) -> str:
+    """What tells the files of a model from others of its name: the hub's `commit`, if it has one.
+
+    Of a directory it is made of the names and sizes of its files, and of what the small ones say:
+    weights of other numbers in the same form are taken for the same.
+    """
+    directory = Path(model)
+    if commit is not None or not directory.is_dir():
+        return commit or model
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            if file.suffix == ".json" and size < _SMALL:
+                digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def quantisation(model: str) -> str | None:
