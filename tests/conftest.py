@@ -12,6 +12,7 @@ from serving import Running, running
 
 from synthia_vllm.demo.checkpoint import ensure_demo
 from synthia_vllm.engine.vllm.client import VllmEngine
+from synthia_vllm.settings import Batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,10 +33,11 @@ def demo(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture(scope="session")
-def live(demo: Path) -> Iterator[Running]:
+def live(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """The server as `synthia-vllm serve --model demo` runs it, inside this process."""
     # One that tests have started before has not the environment that the engine's own is to have.
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # made for tests
     engine = VllmEngine(str(demo), {}, name="synthia-demo")
-    with running(engine, registry=REGISTRY) as here:
+    batches = Batches(directory=tmp_path_factory.mktemp("batches"))
+    with running(engine, registry=REGISTRY, batches=batches) as here:
         yield here

@@ -24,6 +24,11 @@ from pydantic_core import PydanticCustomError
 
 from synthia_vllm.errors import InvalidRequest
 
+MAX_MESSAGES: Final = 4096
+"""Of a conversation."""
+MAX_PARTS: Final = 1024
+"""Of a message's content."""
+MAX_METADATA: Final = 16
 MAX_STOPS: Final = 64
 MAX_STOP_CHARACTERS: Final = 4096
 """Of all stops of a request together."""

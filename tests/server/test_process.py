@@ -193,3 +193,34 @@ def test_wrong_starts_are_plain_errors(flags: list[str], said: str) -> None:
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.costly
+def test_a_batch_that_was_killed_goes_on(demo: Path, tmp_path: Path) -> None:
+    """`synthia-vllm batch` by itself: its server ends with it, and the next run answers the rest."""
+    asked, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = LONG | {"max_tokens": 200}
+    del body["stream"]
+    lines = [
+        {"custom_id": f"{n}", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        for n in range(200)
+    ]
+    asked.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = ("--model", "demo", "--engine", "max_num_seqs=16")
+    run = [COMMAND, "batch", str(asked), "-o", str(answers), *options]
+    environ = os.environ | {"XDG_CACHE_HOME": str(demo.parent.parent)}
+    with subprocess.Popen(run, env=environ) as first:
+        store = tmp_path / "out.jsonl.batch" / "anonymous" / "batches"
+        wait_until(lambda: [*store.glob("*/output")], 240)
+        below = [pid for pid, _ in children(first.pid)]
+        first.kill()
+    wait_until(lambda: not any(alive(pid) for pid in below))
+    [some] = store.glob("*/output")
+    before = some.read_text().splitlines()
+    assert 0 < len(before) < 200
+    assert not answers.exists()
+    subprocess.run(run, env=environ, check=True, timeout=300)
+    told = answers.read_text().splitlines()
+    assert told[: len(before)] == before
+    assert sorted(int(json.loads(line)["custom_id"]) for line in told) == [*range(200)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

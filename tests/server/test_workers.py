@@ -7,14 +7,16 @@ import os
 import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import yaml
+from openai import OpenAI
 from processes import COMMAND, LONG, alive, children, command, status
 from serving import wait_until
 
@@ -113,11 +115,12 @@ def pair(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
     log, file = place / "log", place / "keys.yaml"
     keys = {name: new_key() for name in ("alice", "bob", "carol")}
     file.write_text("users: {}")
-    with command(demo, log, "--api-workers", "2", "--set", f"keys_file={file}") as (process, url):
+    flags = ("--set", f"keys_file={file}", "--set", f"batches.directory={place / 'batches'}")
+    with command(demo, log, "--api-workers", "2", *flags) as (process, url):
         here = Pair(process, url, log, file, keys)
         wait_until(lambda: here.said("2 API processes"))
-        here.let_in(alice={"requests_per_minute": 5}, bob={"concurrent_requests": 8})
-        wait_until(lambda: here.said("The key file was read: 2 users"))
+        here.let_in(alice={"requests_per_minute": 5}, bob={"concurrent_requests": 8}, carol={})
+        wait_until(lambda: here.said("The key file was read: 3 users"))
         yield here
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
@@ -135,6 +138,54 @@ def test_limits_and_metrics_are_one(pair: Pair) -> None:
     assert values['synthia_user_tokens_total{kind="answer",user="alice"}'] == 25
     refusals = 'synthia_user_refusals_total{code="requests_per_minute",user="alice"}'
     assert values[refusals] == 15
+
+
+def test_batches_outlive_the_process_that_runs_them(pair: Pair) -> None:
+    """One of them runs all; where it is killed, another goes on, and each line is answered once."""
+    lines = [
+        {"custom_id": f"{n}", "method": "POST", "url": "/v1/chat/completions",
+         "body": SHORT | {"max_tokens": 50}}
+        for n in range(300)
+    ]  # fmt: skip
+    content = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with OpenAI(base_url=f"{pair.url}/v1", api_key=pair.keys["carol"][0]) as client:
+        batches = []
+        for _ in range(2):
+            file = client.files.create(file=content, purpose="batch")
+            batches.append(
+                client.batches.create(
+                    input_file_id=file.id,
+                    endpoint="/v1/chat/completions",
+                    completion_window="24h",
+                )
+            )
+        running = "synthia_batch_running"
+        wait_until(lambda: series(pair.url)['synthia_batch_lines_total{result="completed"}'] > 20)
+        assert 0 < series(pair.url)[running] < 256
+        [runner] = [pid for pid in api_processes(pair.process.pid) if _has_open(pid, ".lock")]
+        os.kill(runner, signal.SIGKILL)
+        for batch in batches:
+            wait_until(partial(_completed, client, batch.id))
+            output = client.batches.retrieve(batch.id).output_file_id
+            assert output is not None
+            told = [json.loads(line) for line in client.files.content(output).text.splitlines()]
+            assert sorted(int(line["custom_id"]) for line in told) == [*range(300)]
+            texts = {line["response"]["body"]["choices"][0]["message"]["content"] for line in told}
+            assert texts == {" ".join("a" * 50)}
+    wait_until(lambda: len(api_processes(pair.process.pid)) == 2)
+
+
+def _completed(client: OpenAI, batch_id: str) -> bool:
+    return client.batches.retrieve(batch_id).status == "completed"
+
+
+def _has_open(pid: int, ending: str) -> bool:
+    """Whether a process has a file open whose name ends so."""
+    links = []
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            links.append(os.readlink(file))
+    return any(link.endswith(ending) for link in links)
 
 
 def test_a_process_dies(pair: Pair) -> None:

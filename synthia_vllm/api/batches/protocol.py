@@ -9,9 +9,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from synthia_vllm.generate.protocol import StrictModel, at_most
+from synthia_vllm.generate.protocol import MAX_METADATA, StrictModel, at_most
 
-MAX_METADATA: Final = 16
 MAX_ERRORS: Final = 100
 """Faulty lines that are told of one batch; who has more has one fault many times."""
 

@@ -34,6 +34,21 @@ if TYPE_CHECKING:
     from synthia_vllm.http.state import ServerState
 
 Limit = Annotated[int, Query(ge=1, le=10_000)]
+_UPLOAD: Final = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["file", "purpose"],
+                "properties": {
+                    "file": {"type": "string", "format": "binary"},
+                    "purpose": {"type": "string", "enum": ["batch"]},
+                },
+            }
+        }
+    },
+}
 _METHODS: Final = ["GET", "POST", "DELETE"]
 _MULTIPART_BYTES: Final = 64 * 1024
 """Of an upload, beside the file."""
@@ -67,7 +82,7 @@ def add_files(app: Application, state: ServerState, store: Store) -> None:
     """Add the routes of files."""
     limits = state.settings.batches
 
-    @app.post("/v1/files")
+    @app.post("/v1/files", openapi_extra={"requestBody": _UPLOAD})
     async def upload(request: Request) -> File:
         """Keep a file of requests, for a batch: a form with `file` and `purpose`."""
         user = request.state.user

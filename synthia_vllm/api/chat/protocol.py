@@ -13,6 +13,9 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, Discriminator, Field, Tag
 
 from synthia_vllm.generate.protocol import (
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_PARTS,
     MAX_TOP_LOGPROBS,
     UNSUPPORTED,
     GenerationRequest,
@@ -24,9 +27,6 @@ from synthia_vllm.generate.protocol import (
     at_most,
 )
 
-MAX_MESSAGES: Final = 4096
-MAX_PARTS: Final = 1024
-MAX_METADATA: Final = 16
 MAX_TOOLS: Final = 128
 """Of a request, and calls of a message."""
 

@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from synthia_vllm.generate.protocol import (
+    MAX_MESSAGES,
+    MAX_PARTS,
     MAX_STOPS,
     NO_TOOLS,
     TEXT_ONLY,
@@ -22,9 +24,6 @@ from synthia_vllm.generate.protocol import (
     Unsupported,
     few_stops,
 )
-
-MAX_MESSAGES: Final = 4096
-MAX_BLOCKS: Final = 1024
 
 _NO_THINKING: Final = "Synthia has no separate reasoning"
 _ONE_ANSWER: Final = "this route gives one answer"
@@ -79,7 +78,7 @@ Content = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[
         list[Annotated[TextBlockParam, BeforeValidator(_only_text)]],
-        Field(max_length=MAX_BLOCKS),
+        Field(max_length=MAX_PARTS),
         Tag("blocks"),
     ],
     Discriminator(lambda value: "text" if isinstance(value, str) else "blocks"),

@@ -12,6 +12,9 @@ from pydantic_core import PydanticCustomError
 
 from synthia_vllm.generate.parse import UNSUPPORTED_VALUE
 from synthia_vllm.generate.protocol import (
+    MAX_MESSAGES,
+    MAX_METADATA,
+    MAX_PARTS,
     MAX_TOP_LOGPROBS,
     NO_TOOLS,
     TEXT_ONLY,
@@ -24,9 +27,6 @@ from synthia_vllm.generate.protocol import (
     at_most,
 )
 
-MAX_ITEMS: Final = 4096
-MAX_PARTS: Final = 1024
-MAX_METADATA: Final = 16
 LOGPROBS: Final = "message.output_text.logprobs"
 
 _STATELESS: Final = "nothing is stored here: send the whole conversation as `input`"
@@ -152,7 +152,7 @@ class ResponsesRequest(SamplingRequest):
 
     input: Annotated[
         Annotated[str, Tag("text")]
-        | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_ITEMS), Tag("items")],
+        | Annotated[list[InputItem], Field(min_length=1, max_length=MAX_MESSAGES), Tag("items")],
         Discriminator(lambda value: "text" if isinstance(value, str) else "items"),
     ]
     instructions: str | None = None
