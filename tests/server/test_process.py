@@ -197,7 +197,7 @@ def test_wrong_starts_are_plain_errors(flags: list[str], said: str) -> None:
 
 @pytest.mark.costly
 def test_a_batch_that_was_killed_goes_on(demo: Path, tmp_path: Path) -> None:
-    """`synthia-vllm batch` by itself: its server ends with it, and the next run answers the rest."""
+    """`synthia-vllm batch` with its own server, which ends with it; the next run does the rest."""
     asked, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     body = LONG | {"max_tokens": 200}
     del body["stream"]
