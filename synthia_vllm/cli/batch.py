@@ -156,7 +156,8 @@ def _wait(client: OpenAI, batch: Batch) -> Batch:
             if before is not None and done > before:
                 pace = (done - before) / (now - began)
                 left = (counts.total - done) / pace
-                text += f"; {pace:,.1f} a second, {left / 60:,.0f} min left"
+                time_left = f"{left:.0f} s" if left < 100 else f"{left / 60:,.0f} min"
+                text += f"; {pace:,.1f} a second, {time_left} left"
             for error in (batch.errors.data or []) if batch.errors else []:
                 text += f"; {error.message}"
             say(text)

@@ -212,6 +212,22 @@ def test_bad_uploads(server: Running) -> None:
         assert error["param"] == param, error
 
 
+def test_forms_of_other_sites_are_refused(server: Running) -> None:
+    """A browser sends a form to any server, without asking it first."""
+
+    def send(origin: str) -> int:
+        return httpx.post(
+            f"{server.url}/v1/files",
+            data={"purpose": "batch"},
+            files={"file": ("a", b"{}")},
+            headers={"Origin": origin},
+        ).status_code
+
+    assert send("https://evil.example") == 403
+    assert send("null") == 403
+    assert send(server.url) == 200
+
+
 def test_files_are_bounded(tmp_path: Path) -> None:
     """One file, and all of a user's together."""
     bounds = Batches(directory=tmp_path, max_file_bytes=2048, max_stored_bytes=3000)

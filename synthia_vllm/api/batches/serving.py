@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 from fastapi import Query
 from fastapi.responses import FileResponse, Response
@@ -85,6 +86,7 @@ def add_files(app: Application, state: ServerState, store: Store) -> None:
     @app.post("/v1/files", openapi_extra={"requestBody": _UPLOAD})
     async def upload(request: Request) -> File:
         """Keep a file of requests, for a batch: a form with `file` and `purpose`."""
+        _require_own_page(request, state.settings.cors_origins)
         user = request.state.user
         form = await _form(request, limits.max_file_bytes)
         try:
@@ -180,6 +182,18 @@ def add_batches(app: Application, state: ServerState, store: Store) -> None:
         return store.cancel(request.state.user, batch_id)
 
     app.bodies["/v1/batches"] = BatchRequest
+
+
+def _require_own_page(request: Request, origins: Sequence[str]) -> None:
+    """Raise `Forbidden` for another site's page: browsers send forms without asking first."""
+    origin = request.headers.get("origin")
+    own = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    if not own and origin not in origins and "*" not in origins:
+        raise Forbidden(
+            "Pages of other origins may not send files here; the server's setting `cors_origins` "
+            "lists those that may.",
+            code="foreign_origin",
+        )
 
 
 def _page(found: Sequence[Any], limit: int, after: str | None) -> dict[str, Any]:
