@@ -169,6 +169,7 @@ async def main(args: argparse.Namespace) -> None:
             await end(target, batch)
             result |= {"alone": alone, "beside": beside}
             streamed = await streams(target, texts(args.lines), tokens, args.places)
+            await asyncio.sleep(6)
             batched = await run_batch(target, texts(args.lines), tokens)
             result["cpu_us"] = {
                 name: 1e6 * run["cpu"] / run["tokens"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from synthia_vllm.errors import ApiError, EngineFault
@@ -56,14 +57,14 @@ class WriteBatcher:
     microseconds; one that is behind finds several, and gains what it needs to catch up.
     """
 
-    __slots__ = ("_streams", "gap_seconds", "gaps")
+    __slots__ = ("_streams", "gaps", "latest_gaps")
 
     def __init__(self) -> None:
         self._streams: list[Stream] = []
         self.gaps = 0
         """Rounds so far, which are steps of the engine where the loop keeps up."""
-        self.gap_seconds = 0.0
-        """How long one stream in each of them had waited for its text."""
+        self.latest_gaps: deque[float] = deque(maxlen=_GAPS_AT_ONCE)
+        """Seconds that one stream in each of the latest had waited for its text."""
 
     def add(self, stream: Stream) -> None:
         """Have `stream` flushed in this round."""
@@ -75,7 +76,7 @@ class WriteBatcher:
         streams, self._streams = self._streams, []
         if streams[0].gap:
             self.gaps += 1
-            self.gap_seconds += streams[0].gap
+            self.latest_gaps.append(streams[0].gap)
         for stream in streams:
             stream.flush()
 

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Final
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from collections import deque
 
 # A step of the engine makes a token for every answer in it, and takes the longer the more they are.
-# Users' gaps between tokens may get so many times as long as they are without a batch.
-_BEARABLE: Final = 1.15
+# Users' gaps between tokens may get so many times as long as they are without a batch: those in the
+# middle, and the long ones.
+_BEARABLE: Final = (1.15, 1.25)
+_LONG: Final = 0.9
 _SHRINK: Final = 0.6
 _GROW: Final = 1.2
-_ENOUGH: Final = 30  # gaps that say something
-_LOOK_AGAIN_S: Final = 15.0
+_ENOUGH: Final = 60  # gaps that say something
+_LOOK_AGAIN_S: Final = 20.0
 _SILENCE_S: Final = 3.0
+
+
+class _Gaps(NamedTuple):
+    """Seconds between a user's tokens."""
+
+    middle: float
+    long: float
+
+    def bearable(self, alone: _Gaps) -> bool:
+        """Whether they are not much longer than those of a user alone."""
+        middle, long = _BEARABLE
+        return self.middle <= middle * alone.middle and self.long <= long * alone.long
 
 
 class Pace:
@@ -25,11 +43,10 @@ class Pace:
     def __init__(self, most: int) -> None:
         self._most = most
         self._limit = 1.0
-        self._alone: float | None = None
-        """Seconds of a gap without a batch; `None` while that is looked at."""
+        self._alone: _Gaps | None = None
+        """Without a batch; `None` while that is looked at."""
         self._looked = 0.0
-        self._gaps = 0
-        self._seconds = 0.0
+        self._count = 0
         self._since: float | None = None
 
     @property
@@ -37,28 +54,26 @@ class Pace:
         """Places that may be held now."""
         return 0 if self._alone is None else min(int(self._limit), self._most)
 
-    def note(self, now: float, gaps: int, seconds: float) -> None:
-        """Users have seen so many `gaps` since the start, of so many `seconds` together."""
+    def note(self, now: float, count: int, latest: deque[float]) -> None:
+        """Users have seen so many gaps since the start (`count`), these the `latest` of them."""
         if self._since is None:
-            self._begin(now, gaps, seconds)
+            self._count, self._since = count, now
             return
-        seen = gaps - self._gaps
+        seen = min(count - self._count, len(latest))
         if seen < _ENOUGH and now - self._since < _SILENCE_S:
             return
-        mean = (seconds - self._seconds) / seen if seen else 0.0
-        self._begin(now, gaps, seconds)
+        gaps = sorted(islice(reversed(latest), seen)) or [0.0]
+        found = _Gaps(gaps[len(gaps) // 2], gaps[int(_LONG * len(gaps))])
+        self._count, self._since = count, now
         if self._alone is None:
-            self._alone, self._looked = mean, now
-        elif mean > _BEARABLE * self._alone:
-            self._limit = max(self._limit * _SHRINK, 1.0)
-        else:
+            self._alone, self._looked = found, now
+        elif found.bearable(self._alone):
             self._limit = min(max(self._limit * _GROW, self._limit + 1), max(1.0, self._most))
+        else:
+            self._limit = max(self._limit * _SHRINK, 1.0)
         if now - self._looked > _LOOK_AGAIN_S:
             self._alone = None
 
     def rest(self) -> None:
         """Users have gone; what was seen does not go on with what is seen next."""
         self._since = None
-
-    def _begin(self, now: float, gaps: int, seconds: float) -> None:
-        self._gaps, self._seconds, self._since = gaps, seconds, now

@@ -164,7 +164,8 @@ class BatchRunner:
             if self._pace is None:
                 self._pace = Pace(int(self._state.settings.batches.beside_users * all_places))
             if self._users:
-                self._pace.note(now, self._state.writes.gaps, self._state.writes.gap_seconds)
+                writes = self._state.writes
+                self._pace.note(now, writes.gaps, writes.latest_gaps)
             allowed = min(allowed, self._pace.limit)
         elif self._pace is not None:
             self._pace.rest()
