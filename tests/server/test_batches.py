@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from serving import Running
 
 QUESTION = "What is the difference between an Orca, Dolphin and a Seal?"
-MESSAGES = [{"role": "user", "content": QUESTION}]
+MESSAGES: list[Any] = [{"role": "user", "content": QUESTION}]
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": MESSAGES, "max_tokens": 40},
     "/v1/responses": {"input": QUESTION, "max_output_tokens": 40},
@@ -76,10 +76,10 @@ def test_a_user_gets_the_engine_back(live: Running) -> None:
     cached = live.value("synthia_cached_prompt_tokens_total", model="synthia-demo")
     batch = begin(live, "/v1/completions", bodies)
     wait_until(lambda: live.value("synthia_batch_running") > 100)
-    stream = live.client.chat.completions.create(
-        model="synthia-demo", messages=MESSAGES, stream=True, temperature=0, max_tokens=20
-    )
-    assert [chunk for chunk in stream if chunk.choices[0].delta.content]
+    with live.client.chat.completions.stream(
+        model="synthia-demo", messages=MESSAGES, temperature=0, max_tokens=20
+    ) as stream:
+        assert stream.get_final_completion().choices[0].message.content
     assert live.value("synthia_batch_given_back_total") - before > 30
     found = outputs(live, batch)
     assert len(found) == 120
