@@ -124,6 +124,7 @@ class AdmissionServer(_Line):
             case ["batch", size]:
                 self._on_batch(size)
             case ["watch"]:
+                self._unwatch()
                 self._unwatch = self._admission.watch(lambda places: self.tell("load", places))
             case _:
                 raise ValueError(message)

@@ -55,7 +55,7 @@ _LINGER_S: Final = 5.0
 _READ_AT_ONCE: Final = 256
 _TRIES: Final = 3
 # One place of so many stays free for the next user who comes.
-_PLACES_TO_A_FREE_ONE: Final = 32
+_PLACES_TO_A_FREE_ONE: Final = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -151,6 +151,7 @@ class BatchRunner:
         if places or self._users:
             self._last_user = time.monotonic()
         self._users = places
+        self._stop_surplus()  # at once: this task may be waiting for a disk
         self._wake.set()
 
     def _allowed(self) -> int:
@@ -171,15 +172,19 @@ class BatchRunner:
             self._pace.rest()
         return max(allowed, 0)
 
-    async def _fill(self) -> None:
-        """Have as many lines in the engine as may be there."""
-        surplus, stopped = self._places - self._allowed(), []
-        for run in reversed(self._runs):  # the last that came have the least to lose
+    def _stop_surplus(self) -> None:
+        """Take out of the engine what is too much, the latest lines: they have least to lose."""
+        surplus = self._places - self._allowed()
+        for run in reversed(self._runs):
             if surplus <= 0:
                 break
             surplus -= run.line.places
-            stopped.append(run)
-        await self._give_back(stopped)
+            if not run.task.cancelling():
+                run.task.cancel()
+
+    async def _fill(self) -> None:
+        """Have as many lines in the engine as may be there."""
+        self._stop_surplus()
         while (work := await self._next()) is not None:
             line = work.lines[0]
             free = self._allowed() - self._places
