@@ -77,7 +77,7 @@ def test_a_user_gets_the_engine_back(live: Running) -> None:
     batch = begin(live, "/v1/completions", bodies)
     wait_until(lambda: live.value("synthia_batch_running") > 100)
     with live.client.chat.completions.stream(
-        model="synthia-demo", messages=MESSAGES, temperature=0, max_tokens=20
+        model="synthia-demo", messages=MESSAGES, temperature=0
     ) as stream:
         assert stream.get_final_completion().choices[0].message.content
     assert live.value("synthia_batch_given_back_total") - before > 30
