@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the routes' annotations
 
 from synthia_vllm.errors import Unavailable, UnknownModel
+from synthia_vllm.generate.protocol import absent
 
 if TYPE_CHECKING:
     from synthia_vllm.http.application import Application
@@ -23,6 +24,7 @@ class ModelCard(BaseModel):
     owned_by: str
     root: str
     max_model_len: int | None
+    examples: list[str] | None = Field(None, exclude_if=absent)
 
 
 class ModelList(BaseModel):
@@ -38,15 +40,16 @@ def attach(app: Application, state: ServerState) -> None:
 
     def card(name: str) -> ModelCard:
         try:
-            context = state.engine.model_info.max_model_len
+            info = state.engine.model_info
         except Unavailable:
-            context = None
+            info = None
         return ModelCard(
             id=name,
             created=state.created,
             owned_by="synthia-vllm",
             root=settings.resolved_model,
-            max_model_len=context,
+            max_model_len=info and info.max_model_len,
+            examples=list(info.examples) or None if info else None,
         )
 
     def names_for(request: Request) -> list[str]:

@@ -159,6 +159,8 @@ class ModelInfo:
     """Of the software below the seam, by package name."""
     revision: str = ""
     """What the weights and the tokenizer are another of when it is another."""
+    examples: tuple[str, ...] = ()
+    """Questions that the model was made to answer; none for one that answers any."""
 
 
 class Sink(Protocol):

@@ -139,7 +139,8 @@ def test_answer_of_the_real_engine(page: Page, live: Running) -> None:
     assert plain.usage
     assert note.startswith("first token after ")
     assert "tokens/s" in note
-    assert note.endswith(f", {plain.usage.completion_tokens} tokens")
+    assert f", prompt of {plain.usage.prompt_tokens} tokens (" in note
+    assert note.endswith(f" cached), answer of {plain.usage.completion_tokens} tokens")
 
 
 def test_stop_frees_the_engine(page: Page, live: Running) -> None:
@@ -363,3 +364,84 @@ def test_can_be_switched_off() -> None:
     with running(FakeEngine(), page=False) as server:
         assert httpx.get(server.url).status_code == 404
         assert httpx.get(f"{server.url}/v1/models").status_code == 200
+
+
+MARKDOWN = """# A *small* title
+Some **bold**, *italic*, __bold__, _italic_ and ***both***;
+2 * 3 * 4, snake_case_name, \\*stars\\*, **open, `a*b*c` and ``a`b``.
+
+- one
+- two, see [the *docs*](https://example.org/a_(b)_c)
+  1. deeper
+     - deepest
+  2. again
+- three
+
+  its second paragraph
+7. seven
+8) eight
+
+> quoted
+> > twice
+
+```python
+if x:
+
+    y = "<b>*x*</b>"
+```
+
+| a | b |
+|---|:-:|
+| 1 | `x` |
+
+---
+![a picture](https://example.org/x.png) [https://x.y](https://x.y)
+    indented
+"""
+SHOWN = (
+    "<h2>A <em>small</em> title</h2>"
+    "<p>Some <strong>bold</strong>, <em>italic</em>, <strong>bold</strong>, <em>italic</em> and "
+    "<strong><em>both</em></strong>;\n"
+    "2 * 3 * 4, snake_case_name, *stars*, **open, <code>a*b*c</code> and <code>a`b</code>.</p>"
+    "<ul><li><p>one</p></li>"
+    "<li><p>two, see <span>the <em>docs</em></span> (https://example.org/a_(b)_c)</p>"
+    "<ol start=1><li><p>deeper</p><ul><li><p>deepest</p></li></ul></li>"
+    "<li><p>again</p></li></ol></li>"
+    "<li><p>three</p><p>its second paragraph</p></li></ul>"
+    "<ol start=7><li><p>seven</p></li><li><p>eight</p></li></ol>"
+    "<blockquote><p>quoted</p><blockquote><p>twice</p></blockquote></blockquote>"
+    '<div><pre><code>if x:\n\n    y = "&lt;b&gt;*x*&lt;/b&gt;"</code></pre><button></button></div>'
+    "<div><table><tbody><tr><th>a</th><th>b</th></tr><tr><td>1</td><td><code>x</code></td></tr>"
+    "</tbody></table></div>"
+    "<hr>"
+    "<p><span>a picture</span> (https://example.org/x.png) <span>https://x.y</span>\n"
+    "    indented</p>"
+)
+TAGS = (
+    "p h2 h3 h4 h5 h6 em strong code pre div ul ol li blockquote table tbody tr th td hr span button"
+)
+
+
+def markup(page: Page) -> str:
+    """What the last answer was made into, without the page's own classes."""
+    html = page.do(
+        "const shown = document.querySelector('.assistant:last-child .text').cloneNode(true);"
+        "for (const e of shown.querySelectorAll('*'))"
+        "  for (const name of ['class', 'type', 'aria-label']) e.removeAttribute(name);"
+        "return shown.innerHTML"
+    )
+    return str(html).replace('start="', "start=").replace('">', ">")
+
+
+def test_markdown(page: Page) -> None:
+    """An answer's Markdown is shown; a switch shows what the model sent; questions stay as typed."""
+    with scripted(tuple(MARKDOWN)) as (server, _):
+        page.open(server.url)
+        page.say("**one**")
+        assert markup(page) == SHOWN
+        assert page.all(".user .text") == ["**one**"]
+        page.do("document.getElementById('settings').open = true")
+        page("#markdown").click()
+        assert markup(page).replace("&lt;", "<").replace("&gt;", ">") == MARKDOWN.strip()
+        page("#markdown").click()
+        assert markup(page) == SHOWN
