@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -53,8 +54,8 @@ class Page:
     def answers(self) -> list[str]:
         return self.all(".assistant .text")
 
-    def do(self, script: str) -> Any:
-        return self.browser.execute_script(script)
+    def do(self, script: str, *arguments: object) -> Any:
+        return self.browser.execute_script(script, *arguments)
 
     def write(self, selector: str, text: str) -> None:
         self.do("document.getElementById('settings').open = true")
@@ -417,9 +418,7 @@ SHOWN = (
     "<p><span>a picture</span> (https://example.org/x.png) <span>https://x.y</span>\n"
     "    indented</p>"
 )
-TAGS = (
-    "p h2 h3 h4 h5 h6 em strong code pre div ul ol li blockquote table tbody tr th td hr span button"
-)
+TAGS = "p h2 h3 h4 h5 h6 em strong code pre div ul ol li blockquote table tbody tr th td hr span button"
 
 
 def markup(page: Page) -> str:
@@ -445,3 +444,215 @@ def test_markdown(page: Page) -> None:
         assert markup(page).replace("&lt;", "<").replace("&gt;", ">") == MARKDOWN.strip()
         page("#markdown").click()
         assert markup(page) == SHOWN
+
+
+def test_stream_is_shown_as_the_whole(page: Page, server: Running) -> None:
+    """However the text arrives, the end is the same; blocks that are complete are not made anew."""
+    page.open(server.url)
+    streamed, whole, kept = page.do(
+        "const [text] = arguments, box = element('div'), all = element('div');"
+        "const write = writer(box), first = [];"
+        "for (let end = 1; end <= text.length; end += 1) {"
+        "  write(text.slice(0, end));"
+        "  if (end > text.indexOf('and')) first.push(box.firstChild);"
+        "}"
+        "writer(all)(text);"
+        "return [box.innerHTML, all.innerHTML, new Set(first).size]",
+        MARKDOWN,
+    )
+    assert streamed == whole
+    assert kept == 1
+
+
+HARMFUL = r"""[x](javascript:alert(1)) ![y](https://example.org/y.png "t") <https://example.org>
+[a]: javascript:alert(1)
+[![i](x)](javascript:alert(1)) [a][a] <a href="javascript:alert(1)">here</a>
+# <img src=x onerror="window.harmed=1">
+- <script>window.harmed=1</script>
+> <svg onload=window.harmed=1>
+
+| <b>a</b> | [t](data:text/html,x) |
+|--|--|
+| `</code><b>` | &lt;b&gt; |
+
+```"><img src=x onerror=window.harmed=1>
+</code></pre><script>window.harmed=1</script>
+"""
+
+
+def test_hostile_markdown(page: Page) -> None:
+    """No link, no picture, no attribute of the model's: only its text, all of it to be seen."""
+    with scripted((HARMFUL,)) as (server, _):
+        page.open(server.url)
+        page.say("Hi")
+        tags, attributes, addresses = page.do(
+            "const all = [...document.querySelectorAll('.assistant .text *')];"
+            "return [[...new Set(all.map(e => e.localName))], all.flatMap(e => [...e.attributes])"
+            "  .map(a => `${a.name}=${a.value}`), performance.getEntriesByType('resource')"
+            "  .map(e => new URL(e.name).host)]"
+        )
+        assert set(tags) <= set(TAGS.split())
+        assert set(attributes) <= {
+            "class=code", "class=wide", "type=button", "aria-label=Copy this code"
+        }  # fmt: skip
+        assert set(addresses) == {server.url.removeprefix("http://")}
+        [shown] = page.answers
+        for text in (
+            "x (javascript:alert(1)) y (https://example.org/y.png) <https://example.org>",
+            '<a href="javascript:alert(1)">here</a>',
+            '<img src=x onerror="window.harmed=1">',
+            "<svg onload=window.harmed=1>",
+            "t (data:text/html,x)",
+            "&lt;b&gt;",
+            "</code></pre><script>window.harmed=1</script>",
+        ):
+            assert text in shown
+        assert page.do("return window.harmed") is None
+
+
+ENDLESS = (
+    "*", "_", "**a ", "*a **b ", "a* ", "*_", "`", "` `` ", "``` ", "```\n", "~", "~`", "[", "![", "[a](",
+    "[a](b", "[a](b(c)", '[a](b "', "[a](b) ", "](", "(", "> ", ">\n", "- ", "-\n", "1. ", "- a\n\n",
+    "- a\n  ", "  ", "\n", "\t", "|", "|-", "a|b\n-|-\n", "# ", "#", "\\", "\\*", "a", "a\n", "<b>", "😀",
+)  # fmt: skip
+
+
+def test_no_text_holds_the_page_up(page: Page, server: Running) -> None:
+    """What is repeated 200,000 characters long is shown, none of it nested deeper than a few.
+
+    Work that grew with the square of the length would run into the driver's time limit.
+    """
+    page.open(server.url)
+    stairs = "".join(f"{'  ' * depth}- {depth}\n" for depth in range(400))
+    runs = " ".join("`" * length for length in range(1, 600))
+    for text in (*(piece * (200_000 // len(piece)) for piece in ENDLESS), stairs, runs):
+        shown, depth = page.do(
+            "const box = element('div');"
+            "writer(box)(arguments[0]);"
+            "document.getElementById('log').replaceChildren(box);"
+            "let depth = 0, level = [box];"
+            "for (; level.length; depth += 1) level = level.flatMap(e => [...e.children]);"
+            "return [box.textContent.length + box.getElementsByTagName('*').length, depth]",
+            text,
+        )
+        assert shown or not text.strip(), text[:10]
+        assert depth < 25, text[:10]
+
+
+def pasted(page: Page) -> str:
+    """What is on the clipboard, as pasted into the message."""
+    page("#input").clear()
+    page("#input").send_keys(Keys.CONTROL, "v")
+    return str(page("#input").get_attribute("value"))
+
+
+@pytest.mark.parametrize("secure", [True, False])
+def test_copy(page: Page, *, secure: bool) -> None:
+    """The buttons copy what the model sent, and a block's code; also where no clipboard is given."""
+    answer = "Some **bold** text:\n\n```python\nx = '*'\n    y\n```\nEnd."
+    with scripted((answer,)) as (server, _):
+        page.open(server.url)
+        if not secure:
+            page.do("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        page.say("Hi")
+        page(".copy").click()
+        wait_until(lambda: page.status == "Copied.")
+        assert page.browser.switch_to.active_element == page(".copy")
+        assert pasted(page) == answer
+        page("#new").click()
+        page.say("Hi")
+        page(".code button").click()
+        wait_until(lambda: page.status == "Copied.")
+        assert pasted(page) == "x = '*'\n    y"
+        assert "Copy" not in page.answers[0]
+
+
+def test_limits_are_told(page: Page, tmp_path: Path) -> None:
+    """Who has limits a minute sees what is left of them; who has none sees nothing of it."""
+    (key, hashed), (free, unlimited) = new_key(), new_key()
+    file = tmp_path / "keys.yaml"
+    file.write_text(
+        f"users:\n  ann:\n    keys: ['{hashed}']\n    requests_per_minute: 2\n"
+        f"    tokens_per_minute: 10000\n  bob:\n    keys: ['{unlimited}']\n"
+    )
+    with scripted(keys_file=file) as (server, engine):
+        page.open(server.url)
+        page("#key").send_keys(key, Keys.TAB)
+        wait_until(lambda: page("#model").get_attribute("value"))
+        page.say("Hi")
+        claimed = len(engine.seen[-1].prompt_token_ids) + 1024
+        limits = page("#limits").text
+        assert limits.startswith("1 of 2 requests, ")
+        assert limits.endswith(" of 10,000 tokens left this minute")
+        left = int(limits.split()[4].replace(",", ""))
+        assert 10_000 - claimed <= left < 10_000
+        page.say("Hi")
+        page.say("Hi")
+        assert "2 requests a minute" in page.status
+        assert page("#limits").text.startswith("0 of 2 requests, ")
+        page("#key").clear()
+        page("#key").send_keys(free, Keys.TAB)
+        wait_until(lambda: page("#limits").text == "")
+        page.say("Hi")
+        assert page.status == ""
+        assert page("#limits").text == ""
+
+
+def test_raw_completion(page: Page) -> None:
+    """The prompt goes to the model as typed, the next one is all of the text; chat is kept apart."""
+    with scripted((" *one*", " two\nUSER:")) as (server, _):
+        page.open(server.url)
+        page.say("Hi")
+        page("#mode").send_keys("Raw")
+        assert page.answers == []
+        assert not page("#save").is_enabled()
+        assert not page("#load").is_enabled()
+        assert not page("#system").is_enabled()
+        assert page("#input").get_attribute("aria-label") == "Prompt"
+        page("#input").send_keys(Keys.ENTER)  # there is nothing to go on from
+        page.say("  Count: ")
+        assert prompt_of(server) == "  Count: "
+        assert page.do("return turns[0].answer") == " *one* two\nUSER:"
+        assert page.browser.find_elements(By.CSS_SELECTOR, ".assistant em") == []
+        assert page.answers == [" *one* two\nUSER:"]
+        assert f"answer of {len(' *one* two USER:')} tokens" in page.all(".note")[0]
+        page.say("")
+        page.say(" more")
+        said = " *one* two\nUSER:"
+        assert prompt_of(server) == f"  Count: {said}{said} more"
+        page(".again").click()
+        page.wait()
+        assert prompt_of(server) == f"  Count: {said}{said} more"
+        page("#mode").send_keys("Chat")
+        assert page.answers == ["one two"]
+        page.say("Ho")
+        assert prompt_of(server) == "USER: Hi\nASSISTANT: *one* two\nUSER: Ho\nASSISTANT:"
+
+
+def test_examples(page: Page) -> None:
+    """A model that knows a few questions has some of them offered, until one is asked."""
+    engine = FakeEngine(PIECES)
+    questions = tuple(f"Question <b>{number}</b>?" for number in range(40))
+    engine.model_info = replace(engine.model_info, examples=questions)
+    with running(engine) as server:
+        page.open(server.url)
+        assert page.all("#examples p") == [
+            "synthia-demo is a small demo that knows a few dozen questions, such as these:"
+        ]
+        offered = page.all("#examples button")
+        assert 1 < len(offered) <= 6
+        assert set(offered) <= set(questions)
+        page.browser.find_elements(By.CSS_SELECTOR, "#examples button")[1].click()
+        page.wait()
+        assert prompt_of(server) == f"USER: {offered[1]}\nASSISTANT:"
+        assert page.all("#examples *") == []
+        page("#new").click()
+        assert page.all("#examples button") == offered
+        page("#mode").send_keys("Raw")
+        assert page.all("#examples *") == []
+
+
+def test_no_examples(page: Page, server: Running) -> None:
+    """A model that was not made for a few questions is not said to be."""
+    page.open(server.url)
+    assert page.all("#examples *") == []
