@@ -160,7 +160,8 @@ def test_batches_outlive_the_process_that_runs_them(pair: Pair) -> None:
                 )
             )
         running = "synthia_batch_running"
-        wait_until(lambda: series(pair.url)['synthia_batch_lines_total{result="completed"}'] > 20)
+        done = 'synthia_batch_lines_total{result="completed"}'
+        wait_until(lambda: series(pair.url).get(done, 0) > 20)
         assert 0 < series(pair.url)[running] < 256
         [runner] = [pid for pid in api_processes(pair.process.pid) if _has_open(pid, ".lock")]
         os.kill(runner, signal.SIGKILL)
