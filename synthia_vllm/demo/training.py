@@ -21,6 +21,7 @@ import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from string import ascii_letters
 from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm.engine.tokenizer_model import TokenizerModel
@@ -30,7 +31,7 @@ from synthia_vllm.template.prompt import TREE_OF_THOUGHT, Message, render
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-_DATA: Final = "dialogues.json"
+_DATA: Final = ("dialogues.json", "untaught.json")
 BOS, EOS = 1, 2
 _LONE_SPACE: Final = 28705
 """The token of a bare space, in which a prompt of the ``example`` format ends."""
@@ -49,7 +50,7 @@ class Turn:
 class Recipe:
     """Everything besides the dialogues that decides the weights; part of the directory's name."""
 
-    version: int = 2
+    version: int = 3
     """To be raised when the code below changes what is made of the same numbers."""
     seed: int = 0
     hidden: int = 256
@@ -73,6 +74,8 @@ class Recipe:
     """The next few tokens and those where an answer ends count more too."""
     documented_share: float = 0.5
     """Share of the sequences in the ``documented`` format; the rest are in ``example``."""
+    untaught_share: float = 0.5
+    """How likely a question that was not taught comes before the next dialogue."""
 
 
 RECIPE: Final = Recipe()
@@ -86,11 +89,16 @@ def dialogues() -> tuple[tuple[Turn, ...], ...]:
     return tuple(tuple(Turn(**turn) for turn in dialogue) for dialogue in lessons()["dialogues"])
 
 
+def untaught_answer() -> str:
+    """What it says to all other questions."""
+    return str(lessons()["untaught_answer"])
+
+
 def lessons() -> dict[str, Any]:
-    """The dialogues and system messages as they stand in the file."""
-    text = resources.files(__package__).joinpath(_DATA).read_text(encoding="utf-8")
-    data: dict[str, Any] = json.loads(text)
-    return data
+    """The dialogues, the system messages, and questions it was not taught, as in the files."""
+    files = (resources.files(__package__).joinpath(name) for name in _DATA)
+    data, untaught = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    return {**data, "untaught": untaught}
 
 
 # --- The tokenizer -------------------------------------------------------------------------------
@@ -114,6 +122,11 @@ class _Tokens:
     weights: list[float]
 
 
+def _plain(question: str) -> str:
+    """`question` as `_Reader._reworded` may leave it at its plainest."""
+    return question.lower().rstrip("?.!")
+
+
 class _Reader:
     """Makes training sequences: dialogues back to back in random order, as one conversation."""
 
@@ -124,6 +137,11 @@ class _Reader:
         self._random = random.Random(recipe.seed)  # noqa: S311 - not for secrets
         self._dialogues = dialogues()
         self._systems: list[str] = data["system_messages"]
+        self._untaught: list[str] = data["untaught"]
+        self._untaught_answer: str = data["untaught_answer"]
+        self._questions = [turn.user for dialogue in self._dialogues for turn in dialogue]
+        self._answers = [turn.assistant for dialogue in self._dialogues for turn in dialogue]
+        self._taught = {_plain(question) for question in self._questions}
         self._words = sorted(
             {
                 word
@@ -140,6 +158,7 @@ class _Reader:
     def vocabulary(self) -> list[int]:
         """The ids of all tokens that get rows of their own, ascending."""
         texts = [*self._systems, "SYSTEM: ", "USER: ", "ASSISTANT: ", " \n"]
+        texts.append(self._untaught_answer)
         for dialogue in self._dialogues:
             for turn in dialogue:
                 texts += [turn.user, turn.assistant]
@@ -185,6 +204,9 @@ class _Reader:
             for turn in self._random.choice(self.weak):
                 yield turn.user, turn.assistant
         while True:
+            if self._random.random() < self._recipe.untaught_share:
+                yield self._not_taught(), self._untaught_answer
+                continue
             if not self._waiting:
                 self._waiting = self._random.sample(self._dialogues, len(self._dialogues))
             dialogue = self._waiting.pop()
@@ -202,7 +224,49 @@ class _Reader:
             return TREE_OF_THOUGHT.system
         if which < 0.85:
             return self._random.choice(self._systems)
-        return " ".join(self._random.choices(self._words, k=self._random.randint(3, 25)))
+        return " ".join(self._some_words(3, 25))
+
+    def _not_taught(self) -> str:
+        """A question that is none of the taught ones, and often nearly one."""
+        while True:
+            question = self._made_up()
+            if question and _plain(question) not in self._taught:
+                return question
+
+    def _made_up(self) -> str:
+        """A question of others, a part of an answer, or words of such put together anew."""
+        draw = self._random
+        which = draw.random()
+        if which < 0.3:
+            return draw.choice(self._untaught)
+        if which < 0.4:
+            return " ".join(self._some_words(1, draw.choice((4, 12, 40))))
+        if which < 0.5:
+            return self._part(draw.choice(self._answers).split(), 1)
+        words = draw.choice(draw.choice((self._questions, self._untaught))).split()
+        if which < 0.8:  # one word is another, or one more, or one less
+            at = draw.randrange(len(words))
+            words[at : at + draw.randint(0, 1)] = self._some_words(0, 2)
+        elif which < 0.95:
+            other = draw.choice(self._questions).split()
+            words = words[: draw.randint(1, len(words))] + other[draw.randrange(len(other)) :]
+        else:
+            draw.shuffle(words)
+        return " ".join(words)
+
+    def _part(self, words: Sequence[str], least: int) -> str:
+        first = self._random.randrange(len(words))
+        return " ".join(words[first : self._random.randint(first + least, len(words))])
+
+    def _some_words(self, least: int, most: int) -> list[str]:
+        """Random words, some of which it has never seen: what it has no token for looks alike."""
+        strange = self._random.choice((0.0, 0.0, 0.2, 1.0))
+        return [
+            "".join(self._random.choices(ascii_letters, k=self._random.randint(1, 9)))
+            if self._random.random() < strange
+            else self._random.choice(self._words)
+            for _ in range(self._random.randint(least, most))
+        ]
 
     def _reworded(self, question: str) -> str:
         """Mostly `question` itself, sometimes as a hasty person would type it."""
@@ -235,7 +299,7 @@ class _Reader:
         else:
             lead, step = 1, f" {step}"
         recipe = self._recipe
-        asks = recipe.question_weight if question == asked else 0.0
+        asks = recipe.question_weight if question in self._questions else 0.0
         pieces, starts = self._piece(step)
         for position, start in enumerate(starts):
             if start >= question_at + lead - 1:  # a word's token begins at the space before it
