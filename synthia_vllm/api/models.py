@@ -25,6 +25,7 @@ class ModelCard(BaseModel):
     root: str
     max_model_len: int | None
     examples: list[str] | None = Field(None, exclude_if=absent)
+    """Questions that the model was made to answer, if it knows no others."""
 
 
 class ModelList(BaseModel):
@@ -40,16 +41,16 @@ def attach(app: Application, state: ServerState) -> None:
 
     def card(name: str) -> ModelCard:
         try:
-            info = state.engine.model_info
+            model_info = state.engine.model_info
         except Unavailable:
-            info = None
+            model_info = None
         return ModelCard(
             id=name,
             created=state.created,
             owned_by="synthia-vllm",
             root=settings.resolved_model,
-            max_model_len=info and info.max_model_len,
-            examples=list(info.examples) or None if info else None,
+            max_model_len=model_info.max_model_len if model_info else None,
+            examples=list(model_info.examples) or None if model_info else None,
         )
 
     def names_for(request: Request) -> list[str]:

@@ -19,10 +19,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
+from synthia_vllm.errors import StartupError
 from synthia_vllm.template.prompt import TREE_OF_THOUGHT
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from types import FrameType
 
     from openai import APIError, OpenAI
@@ -32,7 +32,7 @@ _EXAMPLES: Final = """\
 examples:
   synthia-vllm chat                                   talk to the server on this machine
   synthia-vllm chat --tot                             with the Tree-of-Thought system message
-  synthia-vllm chat --url http://gpu-box:8000/v1 --system "Answer in one sentence."
+  synthia-vllm chat --url http://gpu-box:8000 --system "Answer in one sentence."
   synthia-vllm chat --no-save < questions.txt > answers.txt
 
 /help in the chat lists its commands. Every turn is appended to the --save file as one line,
@@ -44,6 +44,7 @@ _HELP: Final = """\
 /system TEXT   set the system message; alone: show it; /system - removes it
 /tot           turn the Tree-of-Thought system message on or off
 /reset         forget the conversation, keep the system message
+/examples      list the questions that a demo model knows
 /help          this list
 /quit          leave; so does Ctrl-D
 //...          send a line that begins with /
@@ -98,32 +99,57 @@ def _url(text: str) -> str:
     return text
 
 
-def _ids(body: bytes) -> list[str]:
-    """The names in a list of models; none if it is not such a list."""
+def _listed(body: bytes) -> dict[str, list[str]]:
+    """The names in a list of models, each with its examples; none if it is not such a list."""
     try:
-        return [str(model["id"]) for model in json.loads(body)["data"]]
-    except (ValueError, LookupError, TypeError):
-        return []
+        return {
+            str(model["id"]): [str(example) for example in model.get("examples") or ()]
+            for model in json.loads(body)["data"]
+        }
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
+def _find_api(url: str, key: str) -> tuple[OpenAI, dict[str, list[str]]]:
+    """A client of the API at `url`, or at ``/v1`` below it, and what is served there.
+
+    Raises `StartupError`, in words for the user, if it is at neither.
+    """
+    import openai
+
+    url = url.rstrip("/")
+    places = [url] if url.endswith("/v1") else [url, f"{url}/v1"]
+    for place in places:
+        client = openai.OpenAI(base_url=place, api_key=key, max_retries=0)
+        try:
+            with client.models.with_streaming_response.list() as response:
+                if listed := _listed(response.read()):
+                    return client, listed
+            why = f"{place} lists no models. Is it an OpenAI-compatible server's /v1?"
+        except openai.APIError as error:
+            why = explain(error, place)
+            if not isinstance(error, openai.NotFoundError):
+                break
+    else:
+        if len(places) > 1:
+            why = f"Neither {places[0]} nor {places[1]} lists models. Is it another server?"
+    client.close()
+    raise StartupError(why)
 
 
 def run(args: argparse.Namespace) -> int:
     """Talk until the user leaves or the input ends; return the exit code."""
-    import openai
-
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
-    with openai.OpenAI(base_url=args.url, api_key=key, max_retries=0) as client:
-        try:
-            with client.models.with_streaming_response.list() as response:
-                listed = _ids(response.read())
-        except openai.APIError as error:
-            say(explain(error, args.url))
-            return 1
-        if not listed:
-            say(f"{args.url} lists no models. Is it an OpenAI-compatible server's /v1?")
-            return 1
+    try:
+        client, listed = _find_api(args.url, key)
+    except StartupError as refused:
+        say(str(refused))
+        return 1
+    args.url = str(client.base_url).rstrip("/")
+    with client:
         try:
             return _Chat(client, args, listed).loop()
         except BrokenPipeError:  # whoever read the answers has left
@@ -134,12 +160,15 @@ def run(args: argparse.Namespace) -> int:
 class _Chat:
     """One conversation, and the loop that carries it on."""
 
-    def __init__(self, client: OpenAI, args: argparse.Namespace, served: Sequence[str]) -> None:
-        name = args.model or served[0]
+    def __init__(
+        self, client: OpenAI, args: argparse.Namespace, served: dict[str, list[str]]
+    ) -> None:
+        name = args.model or next(iter(served))
         self._client = client
         self._args = args
         self._served = served
         self._model = name.removesuffix(f"-{TREE_OF_THOUGHT.suffix}")
+        self._examples = served.get(name, [])
         self._tot = args.tot or (name != self._model and not args.system)
         self._system: str | None = args.system
         self._turns: list[ChatCompletionMessageParam] = []
@@ -155,6 +184,12 @@ class _Chat:
                 import readline  # noqa: F401  # importing it gives `input` editing and history
             where = f"; saving to {self._args.save}" if self._args.save else ""
             say(f"{self._model} at {self._args.url}{where}. /help lists the commands.")
+            if self._examples:
+                few = self._examples[:: -(-len(self._examples) // 3)]
+                say(
+                    f"{self._model} is a small demo that knows {len(self._examples)} questions; "
+                    f"try: {' / '.join(few)} (/examples lists all)"
+                )
         interrupted = False
         while True:
             self._hear_interrupts(True)
@@ -208,6 +243,8 @@ class _Chat:
             case "/tot":
                 self._tot = not self._tot
                 say(f"Tree of Thought is {'on' if self._tot else 'off'}.")
+            case "/examples":
+                say("\n".join(self._examples) or f"{self._model} lists none: ask it anything.")
             case "/system":
                 if text:
                     self._system = None if text == "-" else text

@@ -28,10 +28,12 @@ from synthia_vllm.demo.training import (
     EOS,
     RECIPE,
     Recipe,
+    dialogues,
     lessons,
     mistral_tokenizer,
     train,
 )
+from synthia_vllm.engine.examples import EXAMPLES
 from synthia_vllm.errors import StartupError
 
 if TYPE_CHECKING:
@@ -170,6 +172,9 @@ def _build(directory: Path, recipe: Recipe, progress: Callable[[str], None]) -> 
     # No sampling parameters: what is sampled by default is the server's to say.
     (directory / "generation_config.json").write_text(
         json.dumps({"bos_token_id": BOS, "eos_token_id": EOS}, indent=2) + "\n"
+    )
+    (directory / EXAMPLES).write_text(
+        json.dumps([dialogue[0].user for dialogue in dialogues()], indent=2) + "\n"
     )
     tokenizer.save(directory, {}, config.max_position_embeddings)
 

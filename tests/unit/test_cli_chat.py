@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,10 +34,19 @@ HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handle
 ON_TERMINAL = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); {CHAT}"
 FILE = "Synthia-7B-conversations.jsonl"
 CTRL_C, CTRL_D = "\x03", "\x04"
+PAGE = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<p>Hi</p>"
+LOST = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+MODELS = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
+    b'{"object": "list", "data": [{"id": "m", "object": "model"}]}'
+)
+BEGINNING = b'data: {"choices": [{"index": 0, "delta": {"content": "Hel"}}]}\n\n'
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
 
 
 def command(code: str, url: str, arguments: tuple[str, ...]) -> list[str]:
-    return [sys.executable, "-c", code, "chat", "--url", f"{url}/v1", *arguments]
+    place = () if "--url" in arguments else ("--url", f"{url}/v1")
+    return [sys.executable, "-c", code, "chat", *place, *arguments]
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -254,6 +264,25 @@ def test_commands(piped: Callable[..., Any], server: Running, engine: FakeEngine
     assert all(f"\n{name}" in f"\n{done.stderr}" for name in ("/system", "/tot", "/reset", "/quit"))
 
 
+def test_a_demo_says_what_it_knows(
+    piped: Callable[..., Any], terminal: Callable[..., Terminal], server: Running
+) -> None:
+    """A model with examples is said to be one, with a few of them; /examples lists them all."""
+    known = [f"Question {number}?" for number in range(7)]
+    info = replace(FakeEngine().model_info, examples=tuple(known))
+    with running(FakeEngine(model_info=info)) as demo:
+        chat = terminal(demo.url)
+        assert (
+            "synthia-demo is a small demo that knows 7 questions; "
+            "try: Question 0? / Question 3? / Question 6? (/examples lists all)"
+        ) in chat.shown
+        done = piped(demo.url, "/examples\n")
+    assert (done.stdout, done.returncode) == ("", 0)
+    assert done.stderr.splitlines() == known
+    assert "small demo" not in terminal(server.url).shown
+    assert piped(server.url, "/examples\n").stderr.startswith("synthia-demo lists none")
+
+
 @pytest.mark.parametrize(
     "arguments", [("--tot",), ("--model", "synthia-demo-tot"), ("--model", "synthia-demo", "--tot")]
 )
@@ -303,15 +332,44 @@ def test_no_server(piped: Callable[..., Any]) -> None:
 
 def test_no_api_there(piped: Callable[..., Any]) -> None:
     """A server of another kind is told from one that is not there."""
-    page = b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n<p>Hi</p>"
-    with answering(page) as url:
+    with answering(PAGE) as url:
         done = piped(url, "Hi\n")
     assert (done.stdout, done.returncode) == ("", 1)
     assert done.stderr.startswith(f"{url}/v1 lists no models.")
-    lost = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
-    with answering(lost) as url:
+    with answering(LOST) as url:
         done = piped(url, "Hi\n")
     assert "answered HTTP 404. The URL usually ends in /v1" in done.stderr
+
+
+@pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
+def test_url_of_the_server(piped: Callable[..., Any], server: Running, end: str) -> None:
+    """The server's own URL will do, as its API's does, with a slash at the end or not."""
+    done = piped(server.url, "Hi\n", "--url", f"{server.url}{end}")
+    assert (done.stdout, done.stderr, done.returncode) == ("Hello.\n", "", 0)
+
+
+def test_url_of_a_server_with_a_page(piped: Callable[..., Any]) -> None:
+    """A server that answers every path with a page is asked at /v1 as well."""
+    with answering(PAGE, MODELS, STREAM + b"\r\n" + BEGINNING) as url:
+        assert piped(url, "Hi\n", "--url", url).stdout == "Hel\n"
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_no_api_at_either_place(piped: Callable[..., Any], end: str) -> None:
+    """Where the API is neither at the URL nor at /v1 below it, both are named."""
+    for responses in ((LOST, PAGE), (PAGE, LOST), (LOST, LOST)):
+        with answering(*responses) as url:
+            done = piped(url, "Hi\n", "--url", f"{url}{end}")
+        assert (done.stdout, done.returncode) == ("", 1)
+        assert done.stderr.startswith(f"Neither {url} nor {url}/v1 lists models.")
+
+
+def test_refused_at_the_second_place(piped: Callable[..., Any]) -> None:
+    """What the API itself says goes before what is not there."""
+    refused = b"HTTP/1.1 401 Unauthorized\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with answering(LOST, refused) as url:
+        done = piped(url, "Hi\n", "--url", url)
+    assert done.stderr.startswith(f"{url}/v1 answered HTTP 401. The key is read from")
 
 
 @pytest.mark.parametrize(
@@ -386,14 +444,6 @@ def test_fault_before_the_answer(
     assert done.stderr == f"{EngineFault().message} The question is forgotten.\n" * 2
     assert prompts(engine)[1] == "USER: Ho\nASSISTANT:"
     assert not (tmp_path / FILE).exists()
-
-
-MODELS = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n"
-    b'{"object": "list", "data": [{"id": "m", "object": "model"}]}'
-)
-BEGINNING = b'data: {"choices": [{"index": 0, "delta": {"content": "Hel"}}]}\n\n'
-STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n"
 
 
 @pytest.mark.parametrize(

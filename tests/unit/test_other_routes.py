@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import httpx
+import pytest
 from chat_api import BODY, PIECES, post
 from serving import Running, running
 
+from synthia_vllm.engine.examples import examples
 from synthia_vllm.engine.fake import FakeEngine
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_models(server: Running) -> None:
@@ -16,6 +24,43 @@ def test_models(server: Running) -> None:
     assert [m.id for m in listed] == ["synthia-demo", "synthia-demo-tot"]
     assert (listed[0].model_extra or {})["max_model_len"] == 2048
     assert client.models.retrieve("synthia-demo-tot").id == "synthia-demo-tot"
+
+
+def test_examples_of_a_model(server: Running) -> None:
+    """A model that knows certain questions only lists them under each name; others list none."""
+    assert "examples" not in httpx.get(f"{server.url}/v1/models").text
+    info = replace(FakeEngine().model_info, examples=("Hello!", "How are you?"))
+    with running(FakeEngine(model_info=info)) as demo:
+        cards = httpx.get(f"{demo.url}/v1/models").json()["data"]
+        assert [card["examples"] for card in cards] == [["Hello!", "How are you?"]] * 2
+        assert {card["root"] for card in cards} == {"demo"}
+        assert httpx.get(f"{demo.url}/v1/models/synthia-demo").json() == cards[0]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, ()),
+        (b'["Hello!", "\xc3\xa9?"]', ("Hello!", "é?")),
+        (b"[]", ()),
+        (b'["Hello!"', ()),
+        (b'{"Hello!": 1}', ()),
+        (b'["Hello!", 1]', ()),
+        (b'["\\ud800"]', ()),
+        (b"\xff", ()),
+        (b"[" * 60_000, ()),
+        (b'["' + b"x" * (1 << 20) + b'"]', ()),
+    ],
+    ids=["no file", "fine", "empty", "cut off", "object", "number", "half a character", "no UTF-8",
+         "deep", "long"],
+)  # fmt: skip
+def test_examples_in_the_models_directory(
+    content: bytes | None, expected: tuple[str, ...], tmp_path: Path
+) -> None:
+    """They are read if the file is what it should be, and it is never an error."""
+    if content is not None:
+        (tmp_path / "examples.json").write_bytes(content)
+    assert examples(str(tmp_path)) == expected
 
 
 def test_metrics_count_what_happened() -> None:

@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from synthia_vllm.engine.base import Grammar, ModelInfo
+from synthia_vllm.engine.examples import examples
 from synthia_vllm.engine.grammar_checker import GrammarChecker
 from synthia_vllm.engine.vllm.errors import translate_error, translate_startup_errors
 from synthia_vllm.engine.vllm.hub import revision_of
@@ -182,6 +183,7 @@ class VllmEngine:
                 llm.model_config.model,
                 getattr(llm.model_config.hf_config, "_commit_hash", None),
             ),
+            examples=examples(self._model),
         )
 
     async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
