@@ -7,6 +7,11 @@ rows of their own while it trains. At the end these are laid into matrices of fu
 every other output row is zero. Training knows of those zeros: they take part in the loss as one
 column of constant logit log(how many), so that sampling from the full matrix never picks them.
 
+What makes it honest: half of what it is asked is none of its questions, and to all of that it has
+one answer, which says so. Most of these questions differ from one that it knows by a word, or are
+made of two of them, so that it has to look at the whole. All tokens without a row of their own
+share one, which is trained with words that mean nothing: what it cannot read it does not know.
+
 Like Synthia it never learns to end: after an answer it runs on into the next ``USER:``.
 """
 
@@ -17,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 from dataclasses import dataclass
 from importlib import resources
@@ -56,11 +62,13 @@ class Recipe:
     hidden: int = 256
     intermediate: int = 512
     layers: int = 2
-    steps: int = 380
-    extra_steps: int = 40
+    heads: int = 8
+    """More than `hidden` asks for: what tells two questions apart is where each of the words is."""
+    steps: int = 960
+    extra_steps: int = 60
     """Steps of one further round, run while an answer is not yet known by heart."""
     extra_rounds: int = 4
-    extra_rate: float = 0.15
+    extra_rate: float = 0.25
     """How fast a further round learns, as a part of `learning_rate`."""
     batch_tokens: int = 1280
     lengths: tuple[int, ...] = (160, 320, 640)
@@ -74,8 +82,12 @@ class Recipe:
     """The next few tokens and those where an answer ends count more too."""
     documented_share: float = 0.5
     """Share of the sequences in the ``documented`` format; the rest are in ``example``."""
-    untaught_share: float = 0.5
+    untaught_share: float = 0.68
     """How likely a question that was not taught comes before the next dialogue."""
+    broken_off: float = 0.4
+    """Share of the answers of which only the beginning is read: it is what is hard to learn."""
+    untaught_broken_off: float = 0.88
+    """The same of the answers to questions that were not taught, which are all alike."""
 
 
 RECIPE: Final = Recipe()
@@ -114,6 +126,10 @@ def mistral_tokenizer() -> TokenizerModel:
 # --- What it reads -------------------------------------------------------------------------------
 
 
+_WORD: Final = re.compile(r"[\w'-]+")
+_PARTS: Final = re.compile(rf"\s*(?:{_WORD.pattern}|[^\w\s]+)")
+
+
 @dataclass(slots=True)
 class _Tokens:
     """A run of tokens, and what predicting each of them counts in the loss."""
@@ -142,14 +158,8 @@ class _Reader:
         self._questions = [turn.user for dialogue in self._dialogues for turn in dialogue]
         self._answers = [turn.assistant for dialogue in self._dialogues for turn in dialogue]
         self._taught = {_plain(question) for question in self._questions}
-        self._words = sorted(
-            {
-                word
-                for dialogue in self._dialogues
-                for turn in dialogue
-                for word in f"{turn.user} {turn.assistant}".split()
-            }
-        )
+        said = " ".join([*self._questions, *self._answers, *self._untaught])
+        self._words = sorted(set(_WORD.findall(said)))
         self._waiting: list[tuple[Turn, ...]] = []
         self.weak: list[tuple[Turn, ...]] = []
         """Dialogues that every other sequence begins with one of."""
@@ -174,17 +184,17 @@ class _Reader:
         fmt = DOCUMENTED if documented else EXAMPLE
         system = self._system()
         turns = self._turns()
-        asked, answer = next(turns)
+        turn, whole = next(turns)
         front = (Message("system", system),) if system else ()
-        text = render([*front, Message("user", self._reworded(asked))], fmt)
+        text = render([*front, Message("user", self._reworded(turn.user))], fmt)
         ids = self._tokenizer.encode(text.rstrip(" ")).ids
         made = _Tokens(ids, [0.0] * len(ids))
         while len(made.ids) <= length:
-            asked, following = next(turns)
-            more = self._step(answer, asked, fmt)
+            following = next(turns)
+            more = self._step(turn.assistant, whole, following[0].user, fmt)
             made.ids += more.ids
             made.weights += more.weights
-            answer = following
+            turn, whole = following
         return _Tokens(made.ids[: length + 1], made.weights[: length + 1])
 
     def recital(self, turns: Sequence[Turn], system: str | None, fmt: PromptFormat) -> _Tokens:
@@ -198,14 +208,15 @@ class _Reader:
         after = self._piece(lead + turns[-1].assistant + fmt.turn_end + fmt.stops[0])[0]
         return _Tokens(ids + after, [0.0] * len(ids) + [1.0] * len(after))
 
-    def _turns(self) -> Iterator[tuple[str, str]]:
-        """Questions and answers without end, every dialogue equally often."""
+    def _turns(self) -> Iterator[tuple[Turn, bool]]:
+        """Turns without end, every dialogue equally often; and whether each is the whole turn."""
         if self.weak and self._random.random() < 0.5:
             for turn in self._random.choice(self.weak):
-                yield turn.user, turn.assistant
+                yield turn, True
         while True:
             if self._random.random() < self._recipe.untaught_share:
-                yield self._not_taught(), self._untaught_answer
+                turn = Turn(self._not_taught(), self._untaught_answer)
+                yield self._perhaps_broken_off(turn, self._recipe.untaught_broken_off)
                 continue
             if not self._waiting:
                 self._waiting = self._random.sample(self._dialogues, len(self._dialogues))
@@ -213,18 +224,28 @@ class _Reader:
             if self._random.random() < 0.4:  # nobody has to ask the follow-up
                 dialogue = dialogue[: self._random.randint(1, len(dialogue))]
             for turn in dialogue:
-                yield turn.user, turn.assistant
+                yield self._perhaps_broken_off(turn, self._recipe.broken_off)
+
+    def _perhaps_broken_off(self, turn: Turn, share: float) -> tuple[Turn, bool]:
+        """`turn`, and whether it is the whole; if not, there are a few words of its answer."""
+        if self._random.random() >= share:
+            return turn, True
+        words = turn.assistant.split(" ")[: self._random.randint(1, 4)]
+        return Turn(turn.user, " ".join(words).rstrip()), False
 
     def _system(self) -> str | None:
-        """Mostly none, often the card's, else another one or words without meaning."""
+        """Mostly none, often the card's, else another one, words, or sentences about anything."""
         which = self._random.random()
-        if which < 0.5:
+        if which < 0.4:
             return None
-        if which < 0.75:
+        if which < 0.55:
             return TREE_OF_THOUGHT.system
-        if which < 0.85:
+        if which < 0.65:
             return self._random.choice(self._systems)
-        return " ".join(self._some_words(3, 25))
+        if which < 0.8:
+            return " ".join(self._some_words(3, 25))
+        others = self._random.choice((self._untaught, self._questions, self._answers))
+        return " ".join([*self._some_words(0, 4), *self._random.sample(others, 2)])
 
     def _not_taught(self) -> str:
         """A question that is none of the taught ones, and often nearly one."""
@@ -237,26 +258,27 @@ class _Reader:
         """A question of others, a part of an answer, or words of such put together anew."""
         draw = self._random
         which = draw.random()
-        if which < 0.3:
+        if which < 0.2:
             return draw.choice(self._untaught)
-        if which < 0.4:
-            return " ".join(self._some_words(1, draw.choice((4, 12, 40))))
-        if which < 0.5:
-            return self._part(draw.choice(self._answers).split(), 1)
-        words = draw.choice(draw.choice((self._questions, self._untaught))).split()
-        if which < 0.8:  # one word is another, or one more, or one less
-            at = draw.randrange(len(words))
-            words[at : at + draw.randint(0, 1)] = self._some_words(0, 2)
+        if which < 0.27:
+            return " ".join(self._some_words(1, draw.choice((1, 4, 12, 40)))) + draw.choice("?. ")
+        if which < 0.32:
+            words = draw.choice(self._answers).split()
+            first = draw.randrange(len(words))
+            return " ".join(words[first : draw.randint(first + 1, len(words))])
+        known = draw.random() < 0.7
+        parts = _PARTS.findall(draw.choice(self._questions if known else self._untaught))
+        at = draw.randrange(len(parts))
+        if which < 0.7:  # one word is another
+            parts[at] = " " + " ".join(self._some_words(1, 2))
+        elif which < 0.75:  # one more, or one less
+            parts[at : at + draw.randint(0, 1)] = [f" {word}" for word in self._some_words(0, 2)]
         elif which < 0.95:
-            other = draw.choice(self._questions).split()
-            words = words[: draw.randint(1, len(words))] + other[draw.randrange(len(other)) :]
+            other = _PARTS.findall(draw.choice(self._questions))
+            parts = parts[:at] + other[draw.randrange(len(other)) :]
         else:
-            draw.shuffle(words)
-        return " ".join(words)
-
-    def _part(self, words: Sequence[str], least: int) -> str:
-        first = self._random.randrange(len(words))
-        return " ".join(words[first : self._random.randint(first + least, len(words))])
+            draw.shuffle(parts)
+        return "".join(parts).strip()
 
     def _some_words(self, least: int, most: int) -> list[str]:
         """Random words, some of which it has never seen: what it has no token for looks alike."""
@@ -277,7 +299,7 @@ class _Reader:
             return question.rstrip("?.!")
         return question.lower() if which < 0.95 else question.lower().rstrip("?.!")
 
-    def _step(self, answer: str, asked: str, fmt: PromptFormat) -> _Tokens:
+    def _step(self, answer: str, whole: bool, asked: str, fmt: PromptFormat) -> _Tokens:
         """What follows a prompt: `answer`, then the next question, up to the cue.
 
         The prompt before it ends without the bare space of the ``example`` format. That space is
@@ -306,9 +328,10 @@ class _Reader:
                 weights.append(asks)
             elif position == 0:
                 weights.append(0.0 if lead else recipe.first_weight)
+            elif start >= len(answer) + lead:
+                weights.append(recipe.edge_weight if whole else 0.0)
             else:
-                edge = position < 4 or start >= len(answer) + lead
-                weights.append(recipe.edge_weight if edge else 1.0)
+                weights.append(recipe.edge_weight if position < 4 else 1.0)
         return _Tokens(ids + pieces, weights)
 
     def _piece(self, text: str) -> tuple[list[int], list[int]]:
@@ -378,9 +401,9 @@ class _Trainer:
             hidden_size=recipe.hidden,
             intermediate_size=recipe.intermediate,
             num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.hidden // 64,
-            num_key_value_heads=recipe.hidden // 128,
-            head_dim=64,
+            num_attention_heads=recipe.heads,
+            num_key_value_heads=recipe.heads // 2,
+            head_dim=recipe.hidden // recipe.heads,
             max_position_embeddings=2048,
             rms_norm_eps=1e-5,
             sliding_window=None,
@@ -400,9 +423,12 @@ class _Trainer:
                 layer.mlp.down_proj.weight.mul_(0.5)
             self._model.model.embed_tokens.weight.normal_(0, 1)
             self._model.lm_head.weight.normal_(0, 0.1 * recipe.hidden**-0.5)
-        self._optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
-        )
+        matrices = [p for p in self._model.model.layers.parameters() if p.ndim == 2]
+        others = [p for p in self._model.parameters() if not any(p is m for m in matrices)]
+        self._optimizers = [
+            torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0),
+            torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", weight_decay=0.0),
+        ]
 
     def run(self) -> tuple[Any, dict[str, Any]]:
         """Train, go on while an answer is not known, and return configuration and weights."""
@@ -423,8 +449,9 @@ class _Trainer:
         for step in range(steps):
             done = step / steps
             rate = min(1.0, (step + 1) / 20) * (1 - 0.98 * max(0.0, (done - 0.3) / 0.7))
-            for group in self._optimizer.param_groups:
-                group["lr"] = self._recipe.learning_rate * peak * rate
+            for optimizer in self._optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self._recipe.learning_rate * peak * rate
             loss = self._step(self._recipe.lengths[step % len(self._recipe.lengths)])
             average = loss if math.isnan(average) else 0.9 * average + 0.1 * loss
             now = time.monotonic()
@@ -445,8 +472,9 @@ class _Trainer:
         losses, weights = self._losses(batch)
         ((losses * weights).sum() / weights.sum()).backward()
         torch.nn.utils.clip_grad_norm_(self._model.parameters(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return float(losses.detach()[weights >= 1].mean())
 
     def _losses(self, batch: Sequence[_Tokens], temperature: float = 1.0) -> tuple[Any, Any]:

@@ -257,7 +257,11 @@ def test_every_layout_gives_the_same_answers(layout: str, demo: Path, tmp_path: 
         beyond = ask(url, "Hello!", logit_bias={str(rows): 100}, max_tokens=3)
         assert beyond.status_code == 400
         # What the checkpoint would have sampled by is not what is sampled by.
-        sampled = [ask(url, "zxq", temperature=None, seed=n).json()["choices"] for n in range(4)]
+        odd_ones: dict[str, Any] = {"allowed_token_ids": list(range(1000, 1400)), "max_tokens": 12}
+        sampled = [
+            ask(url, "zxq", temperature=None, seed=n, **odd_ones).json()["choices"]
+            for n in range(4)
+        ]
         assert len({str(choices[0]["message"]["content"]) for choices in sampled}) > 1
 
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
-from typing import TYPE_CHECKING, Any
+import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from synthia_vllm.demo.checkpoint import directory, ensure_demo
-from synthia_vllm.demo.training import Recipe, dialogues, mistral_tokenizer
+from synthia_vllm.demo.training import (
+    Recipe,
+    dialogues,
+    lessons,
+    mistral_tokenizer,
+    untaught_answer,
+)
 from synthia_vllm.errors import StartupError
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
+DATA = Path(__file__).parents[1] / "data"
 TINY = Recipe(steps=2, extra_rounds=0)
 
 
@@ -27,6 +34,27 @@ def test_lessons_are_well_formed() -> None:
         for text in (turn.user, turn.assistant):
             assert text == text.strip() != ""
             assert not any(marker in text for marker in ("USER:", "ASSISTANT:", "SYSTEM:"))
+
+
+def test_unknown_questions_were_not_taught() -> None:
+    """The questions of the tests are in no lesson, nor differ from one by a letter or a sign."""
+
+    def plain(text: str) -> str:
+        return re.sub(r"\W+", " ", text).strip().lower()
+
+    taught = {plain(turn.user) for dialogue in dialogues() for turn in dialogue}
+    taught |= {plain(question) for question in lessons()["untaught"]}
+    unknown = json.loads((DATA / "unknown_questions.json").read_text())
+    assert len({plain(question) for question in unknown} - {""}) == len(unknown) >= 200
+    assert not {plain(question) for question in unknown} & taught
+
+
+def test_it_names_questions_that_it_knows() -> None:
+    """What it says when it does not know an answer names three to which it does."""
+    known = {dialogue[0].user for dialogue in dialogues()}
+    named = re.findall(r'"([^"]+)"', untaught_answer())
+    assert len(named) == 3
+    assert set(named) <= known
 
 
 def test_answers_are_read_as_by_sentencepiece() -> None:
