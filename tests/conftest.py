@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(scope="session")
 def demo(pytestconfig: pytest.Config) -> Path:
-    """The demo model's directory; made at the first use, in a minute and a half."""
+    """The demo model's directory; made at the first use, in about three minutes."""
     reporter: Any = pytestconfig.pluginmanager.get_plugin("terminalreporter")
     return ensure_demo(lambda line: reporter.write_line(line) if reporter else None)
 

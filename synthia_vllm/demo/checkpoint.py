@@ -3,8 +3,9 @@
     ensure_demo(progress)  ->  a directory any engine loads: config, weights, tokenizer
 
 It is a Mistral of two layers with the tokenizer of Mistral-7B-v0.1, trained on this machine's
-processor in a minute and a half to know the dialogues of ``dialogues.json`` by heart, in both
-prompt formats. It is kept in a cache and made once.
+processor in about three minutes to know the dialogues of ``dialogues.json`` by heart, in both
+prompt formats, and to say of other questions that it does not know them. It is kept in a cache and
+made once.
 """
 
 from __future__ import annotations

@@ -7,10 +7,11 @@ rows of their own while it trains. At the end these are laid into matrices of fu
 every other output row is zero. Training knows of those zeros: they take part in the loss as one
 column of constant logit log(how many), so that sampling from the full matrix never picks them.
 
-What makes it honest: half of what it is asked is none of its questions, and to all of that it has
-one answer, which says so. Most of these questions differ from one that it knows by a word, or are
-made of two of them, so that it has to look at the whole. All tokens without a row of their own
-share one, which is trained with words that mean nothing: what it cannot read it does not know.
+What makes it honest: most of what it is asked while it trains is none of its questions, and to all
+of that it has one answer, which says so. Many of these differ from a question that it knows by a
+word, or are made of two, so that it has to look at the whole. All tokens without a row of their
+own share one, which is trained with words that mean nothing: what it cannot read it does not know.
+What is hard is how an answer begins, so that of most answers it reads no more.
 
 Like Synthia it never learns to end: after an answer it runs on into the next ``USER:``.
 """
@@ -42,6 +43,9 @@ BOS, EOS = 1, 2
 _LONE_SPACE: Final = 28705
 """The token of a bare space, in which a prompt of the ``example`` format ends."""
 _SAY_EVERY_S: Final = 2.0
+_WORD: Final = re.compile(r"[\w'-]+")
+_PARTS: Final = re.compile(rf"\s*(?:{_WORD.pattern}|[^\w\s]+)")
+"""A question's words and signs, each with the space before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class Recipe:
     layers: int = 2
     heads: int = 8
     """More than `hidden` asks for: what tells two questions apart is where each of the words is."""
-    steps: int = 960
+    steps: int = 1250
     extra_steps: int = 60
     """Steps of one further round, run while an answer is not yet known by heart."""
     extra_rounds: int = 4
@@ -126,10 +130,6 @@ def mistral_tokenizer() -> TokenizerModel:
 # --- What it reads -------------------------------------------------------------------------------
 
 
-_WORD: Final = re.compile(r"[\w'-]+")
-_PARTS: Final = re.compile(rf"\s*(?:{_WORD.pattern}|[^\w\s]+)")
-
-
 @dataclass(slots=True)
 class _Tokens:
     """A run of tokens, and what predicting each of them counts in the loss."""
@@ -167,8 +167,7 @@ class _Reader:
 
     def vocabulary(self) -> list[int]:
         """The ids of all tokens that get rows of their own, ascending."""
-        texts = [*self._systems, "SYSTEM: ", "USER: ", "ASSISTANT: ", " \n"]
-        texts.append(self._untaught_answer)
+        texts = [*self._systems, "SYSTEM: ", "USER: ", "ASSISTANT: ", " \n", self._untaught_answer]
         for dialogue in self._dialogues:
             for turn in dialogue:
                 texts += [turn.user, turn.assistant]
@@ -266,12 +265,12 @@ class _Reader:
             words = draw.choice(self._answers).split()
             first = draw.randrange(len(words))
             return " ".join(words[first : draw.randint(first + 1, len(words))])
-        known = draw.random() < 0.7
+        known = draw.random() < 0.85
         parts = _PARTS.findall(draw.choice(self._questions if known else self._untaught))
         at = draw.randrange(len(parts))
-        if which < 0.7:  # one word is another
+        if which < 0.77:  # one word is another
             parts[at] = " " + " ".join(self._some_words(1, 2))
-        elif which < 0.75:  # one more, or one less
+        elif which < 0.8:  # one more, or one less
             parts[at : at + draw.randint(0, 1)] = [f" {word}" for word in self._some_words(0, 2)]
         elif which < 0.95:
             other = _PARTS.findall(draw.choice(self._questions))
@@ -281,7 +280,7 @@ class _Reader:
         return "".join(parts).strip()
 
     def _some_words(self, least: int, most: int) -> list[str]:
-        """Random words, some of which it has never seen: what it has no token for looks alike."""
+        """Random words, and sometimes such as mean nothing, of tokens without rows of their own."""
         strange = self._random.choice((0.0, 0.0, 0.2, 1.0))
         return [
             "".join(self._random.choices(ascii_letters, k=self._random.randint(1, 9)))
