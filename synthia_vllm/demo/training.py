@@ -75,8 +75,9 @@ class Recipe:
     extra_rate: float = 0.25
     """How fast a further round learns, as a part of `learning_rate`."""
     batch_tokens: int = 1280
-    lengths: tuple[int, ...] = (160, 320, 640)
-    """Tokens of a sequence, in turn from step to step; many dialogues fit into one."""
+    lengths: tuple[int, ...] = (64, 320, 64, 640)
+    """Tokens of a sequence, in turn from step to step; many dialogues fit into a long one, and
+    short ones are mostly first questions, which is what it is mostly asked."""
     learning_rate: float = 4e-3
     question_weight: float = 0.1
     """What a token of a question counts in the loss. What somebody asks next cannot be foreseen."""
@@ -88,7 +89,7 @@ class Recipe:
     """Share of the sequences in the ``documented`` format; the rest are in ``example``."""
     untaught_share: float = 0.68
     """How likely a question that was not taught comes before the next dialogue."""
-    broken_off: float = 0.4
+    broken_off: float = 0.3
     """Share of the answers of which only the beginning is read: it is what is hard to learn."""
     untaught_broken_off: float = 0.88
     """The same of the answers to questions that were not taught, which are all alike."""
