@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import Request  # noqa: TC002  # FastAPI reads the handlers' annotations
 
 from synthia_vllm.admission.users import ANONYMOUS
-from synthia_vllm.errors import ApiError, EngineFault, NoSuchRoute
+from synthia_vllm.errors import ApiError, EngineFault, InvalidRequest, NoSuchRoute
 from synthia_vllm.http.body import ClientLeft, identify, keyed
 from synthia_vllm.http.errors import error_response, openai_envelope, request_id
 from synthia_vllm.http.handler import CLIENT_LEFT
@@ -78,6 +79,20 @@ def add_error_handlers(app: FastAPI, state: ServerState) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
         return told(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_query(request: Request, error: RequestValidationError) -> Response:
+        """What FastAPI checks itself: the parts of a URL."""
+        problem = error.errors()[0]
+        name = str(problem["loc"][-1])
+        return told(
+            request,
+            InvalidRequest(
+                f"`{name}`: {problem['msg']}, but it is {str(problem['input'])[:60]!r}.",
+                param=name,
+                code="invalid_value",
+            ),
+        )
 
     @app.exception_handler(Exception)
     async def fault(request: Request, _error: Exception) -> Response:

@@ -149,9 +149,30 @@ def test_a_file_that_is_not_one_of_requests_fails_whole(server: Running) -> None
         (number, code) for number, code in enumerate(faults.values(), 2)
     ]
     assert len(server.engine.seen) == seen  # type: ignore[attr-defined]
+    long = json.dumps(line(2, messages=[{"role": "user", "content": "x" * 600_000}])).encode()
+    bounded = ended(server.client, begin(server.client, good + b"\n" + long).id)
+    assert bounded.errors is not None
+    assert [(each.line, each.code) for each in bounded.errors.data or []] == [(2, "line_too_long")]
     empty = ended(server.client, begin(server.client, b"\n").id)
     assert empty.errors is not None
     assert [each.code for each in empty.errors.data or []] == ["empty_file"]
+
+
+@pytest.mark.parametrize("front", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\r\n\r\n"])
+def test_files_as_editors_write_them(server: Running, front: bytes, end: bytes) -> None:
+    content = front + (end or b"\n").join([json.dumps(line(n)).encode() for n in range(2)]) + end
+    done = ended(server.client, begin(server.client, content).id)
+    told = lines_of(server.client, done.output_file_id)
+    assert {each["custom_id"] for each in told} == {"line-0", "line-1"}
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=99999", "order=up"])
+def test_bad_queries(server: Running, query: str) -> None:
+    """In the same envelope as all else."""
+    told = httpx.get(f"{server.url}/v1/files?{query}")
+    assert told.status_code == 400
+    assert told.json()["error"]["param"] == query.partition("=")[0]
 
 
 def test_files_and_batches_are_listed_read_and_deleted(server: Running) -> None:

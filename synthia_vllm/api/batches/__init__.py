@@ -19,7 +19,8 @@ def attach(app: Application, state: ServerState) -> BatchRunner | None:
     if directory is None:
         add_refusals(app)
         return None
-    store = Store(directory)
+    # What is around a body is an id, which is bounded, and a URL.
+    store = Store(directory, max_line_bytes=state.settings.limits.max_body_bytes + 4096)
     add_files(app, state, store)
     add_batches(app, state, store)
     return BatchRunner(state, store, {route.path: route for route in app.generation})

@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import time
+from codecs import BOM_UTF8
 from contextlib import suppress
 from typing import IO, TYPE_CHECKING, Final, TypeVar
 
@@ -71,10 +72,14 @@ class StorageFull(Unavailable):
 
 
 class Store:
-    """All files and batches in `directory`. Raises `StartupError` if it cannot be used."""
+    """All files and batches in `directory`; a line of a batch has at most `max_line_bytes`.
 
-    def __init__(self, directory: Path) -> None:
+    Raises `StartupError` if the directory cannot be used.
+    """
+
+    def __init__(self, directory: Path, *, max_line_bytes: int = 1 << 20) -> None:
         self._root = directory
+        self.max_line_bytes = max_line_bytes
         self._ended: set[str] = set()
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -284,7 +289,7 @@ class Job:
         self.batch = batch
         self._place = place
         self._lock = lock
-        self._input: IO[bytes] | None = None
+        self._lines: Iterator[bytes] | None = None
         self._done: set[str] = set()
 
     @property
@@ -303,11 +308,17 @@ class Job:
         for number, raw in enumerate(self._input_lines(), 1):
             if number % _LINES_AT_ONCE == 0:
                 time.sleep(_PAUSE_S)
-            error = _fault(raw, batch.endpoint, seen)
+            if len(raw) > self._store.max_line_bytes:
+                error: BatchError | None = BatchError(
+                    code="line_too_long",
+                    message=f"A line may have {self._store.max_line_bytes} bytes.",
+                )
+            else:
+                error = _fault(raw, batch.endpoint, seen)
             if error is not None:
                 error.line = number
                 errors.append(error)
-                if len(errors) == MAX_ERRORS:
+                if len(errors) == MAX_ERRORS or error.code == "line_too_long":
                     break
         if not seen and not errors:
             errors.append(BatchError(code="empty_file", message="The file has no line."))
@@ -328,16 +339,15 @@ class Job:
 
     def read(self, most: int) -> list[Line]:
         """The next lines that have no answer yet; none at the end."""
-        if self._input is None:
-            self._input = (self._place / "input").open("rb")
+        if self._lines is None:
+            self._lines = self._input_lines()
         found: list[Line] = []
-        for raw in self._input:
-            if raw.strip():
-                line = Line.model_validate_json(raw)
-                if line.custom_id not in self._done:
-                    found.append(line)
-                    if len(found) == most:
-                        break
+        for raw in self._lines:
+            line = Line.model_validate_json(raw)
+            if line.custom_id not in self._done:
+                found.append(line)
+                if len(found) == most:
+                    break
         return found
 
     def write(self, kind: str, lines: Iterable[bytes]) -> None:
@@ -377,13 +387,17 @@ class Job:
 
     def release(self) -> None:
         """Let others have it."""
-        if self._input is not None:
-            self._input.close()
+        self._lines = None
         self._lock.close()
 
     def _input_lines(self) -> Iterator[bytes]:
+        """All lines but blank ones; of one that is too long, as much as shows that it is."""
         with (self._place / "input").open("rb") as file:
-            yield from (line for line in file if line.strip())
+            if file.read(len(BOM_UTF8)) != BOM_UTF8:  # which some editors write
+                file.seek(0)
+            while line := file.readline(self._store.max_line_bytes + 1):
+                if line.strip():
+                    yield line
 
     def _recover(self, kind: str) -> set[str]:
         """The ids that are answered in ``output`` or ``errors``; a torn last line is cut off."""
