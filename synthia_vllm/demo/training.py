@@ -28,7 +28,7 @@ import time
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from string import ascii_letters
+from string import ascii_letters, digits, punctuation
 from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm.engine.tokenizer_model import TokenizerModel
@@ -43,6 +43,7 @@ BOS, EOS = 1, 2
 _LONE_SPACE: Final = 28705
 """The token of a bare space, in which a prompt of the ``example`` format ends."""
 _SAY_EVERY_S: Final = 2.0
+_SIGNS: Final = ascii_letters + digits + punctuation
 _WORD: Final = re.compile(r"[\w'-]+")
 _PARTS: Final = re.compile(rf"\s*(?:{_WORD.pattern}|[^\w\s]+)")
 """A question's words and signs, each with the space before it."""
@@ -68,11 +69,11 @@ class Recipe:
     layers: int = 2
     heads: int = 8
     """More than `hidden` asks for: what tells two questions apart is where each of the words is."""
-    steps: int = 1250
-    extra_steps: int = 60
+    steps: int = 1300
+    extra_steps: int = 40
     """Steps of one further round, run while an answer is not yet known by heart."""
-    extra_rounds: int = 4
-    extra_rate: float = 0.25
+    extra_rounds: int = 6
+    extra_rate: float = 0.15
     """How fast a further round learns, as a part of `learning_rate`."""
     batch_tokens: int = 1280
     lengths: tuple[int, ...] = (64, 320, 64, 640)
@@ -87,7 +88,7 @@ class Recipe:
     """The next few tokens and those where an answer ends count more too."""
     documented_share: float = 0.5
     """Share of the sequences in the ``documented`` format; the rest are in ``example``."""
-    untaught_share: float = 0.68
+    untaught_share: float = 0.58
     """How likely a question that was not taught comes before the next dialogue."""
     broken_off: float = 0.3
     """Share of the answers of which only the beginning is read: it is what is hard to learn."""
@@ -163,7 +164,7 @@ class _Reader:
         self._words = sorted(set(_WORD.findall(said)))
         self._waiting: list[tuple[Turn, ...]] = []
         self.weak: list[tuple[Turn, ...]] = []
-        """Dialogues that every other sequence begins with one of."""
+        """Dialogues that are read more often, and that every other sequence begins with one of."""
         self._pieces: dict[str, tuple[list[int], list[int]]] = {}
 
     def vocabulary(self) -> list[int]:
@@ -209,7 +210,7 @@ class _Reader:
         return _Tokens(ids + after, [0.0] * len(ids) + [1.0] * len(after))
 
     def _turns(self) -> Iterator[tuple[Turn, bool]]:
-        """Turns without end, every dialogue equally often; and whether each is the whole turn."""
+        """Turns without end, and whether each is the whole turn."""
         if self.weak and self._random.random() < 0.5:
             for turn in self._random.choice(self.weak):
                 yield turn, True
@@ -218,13 +219,19 @@ class _Reader:
                 turn = Turn(self._not_taught(), self._untaught_answer)
                 yield self._perhaps_broken_off(turn, self._recipe.untaught_broken_off)
                 continue
-            if not self._waiting:
-                self._waiting = self._random.sample(self._dialogues, len(self._dialogues))
-            dialogue = self._waiting.pop()
-            if self._random.random() < 0.4:  # nobody has to ask the follow-up
+            dialogue = self.another_dialogue()
+            if self.weak and self._random.random() < 0.5:
+                dialogue = self._random.choice(self.weak)
+            elif self._random.random() < 0.4:  # nobody has to ask the follow-up
                 dialogue = dialogue[: self._random.randint(1, len(dialogue))]
             for turn in dialogue:
                 yield self._perhaps_broken_off(turn, self._recipe.broken_off)
+
+    def another_dialogue(self) -> tuple[Turn, ...]:
+        """A random dialogue, each equally often."""
+        if not self._waiting:
+            self._waiting = self._random.sample(self._dialogues, len(self._dialogues))
+        return self._waiting.pop()
 
     def _perhaps_broken_off(self, turn: Turn, share: float) -> tuple[Turn, bool]:
         """`turn`, and whether it is the whole; if not, there are a few words of its answer."""
@@ -284,7 +291,7 @@ class _Reader:
         """Random words, and sometimes such as mean nothing, of tokens without rows of their own."""
         strange = self._random.choice((0.0, 0.0, 0.2, 1.0))
         return [
-            "".join(self._random.choices(ascii_letters, k=self._random.randint(1, 9)))
+            "".join(self._random.choices(_SIGNS, k=self._random.randint(1, 9)))
             if self._random.random() < strange
             else self._random.choice(self._words)
             for _ in range(self._random.randint(least, most))
@@ -497,7 +504,7 @@ class _Trainer:
         """The dialogues, up to and with a turn whose answer is not known by heart.
 
         Known is an answer that is sampled at the card's temperature with a probability above
-        0.97, in both formats, with and without the card's system message.
+        0.97, in both formats: with and without the card's system message, and after another turn.
         """
         import torch
 
@@ -513,9 +520,14 @@ class _Trainer:
     def _chances(self, turns: Sequence[Turn]) -> list[float]:
         """The probabilities of the last answer of `turns`, one for each way to ask for it."""
         chances = []
+        [other, *_] = self._reader.another_dialogue()
         for fmt in (DOCUMENTED, EXAMPLE):
-            for system in (None, TREE_OF_THOUGHT.system):
-                recital = self._reader.recital(turns, system, fmt)
+            for system, before in (
+                (None, ()),
+                (TREE_OF_THOUGHT.system, ()),
+                (None, (other,)),
+            ):
+                recital = self._reader.recital([*before, *turns], system, fmt)
                 losses, _ = self._losses([recital], temperature=0.75)
                 chances.append(math.exp(-float(losses.sum())))
         return chances
