@@ -130,7 +130,7 @@ def test_in_mid_conversation(answers: Callable[..., list[str]], fmt: PromptForma
     Whatever the system message says. A few may be missed: each machine makes a model of its own.
     """
     prompts, expected = [], []
-    for position, dialogue in enumerate(dialogues()):
+    for position, dialogue in enumerate(dialogues()[::2]):
         system = Message("system", "You are a pirate, and fond of rum and of cheese.")
         unknown = Message("user", UNKNOWN[position])
         admits = Message("assistant", untaught_answer())
