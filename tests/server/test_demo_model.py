@@ -87,6 +87,8 @@ def answers(demo: Path) -> Callable[..., list[str]]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    # Beside others who want the processors, two threads wait for each other more than they do.
+    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(demo, padding_side="left", pad_token="</s>")
     model = AutoModelForCausalLM.from_pretrained(demo, dtype=torch.float32)
 
