@@ -36,7 +36,7 @@ _EXAMPLES: Final = """\
 examples:
   synthia-vllm batch questions.jsonl -o answers.jsonl          starts a server, and ends it
   synthia-vllm batch questions.jsonl -o answers.jsonl --model demo
-  synthia-vllm batch questions.jsonl -o answers.jsonl --url http://gpu-box:8000/v1
+  synthia-vllm batch questions.jsonl -o answers.jsonl --url http://gpu-box:8000
 
 A line of the input is OpenAI's: {"custom_id": "1", "method": "POST", "url":
 "/v1/chat/completions", "body": {"model": ..., "messages": [...]}}. All lines have one url. Lines
@@ -209,7 +209,8 @@ def _replace(path: Path, content: bytes) -> None:
 def _server(args: argparse.Namespace, serve_options: Sequence[str]) -> Iterator[str]:
     """The URL of the server to ask: the one that is named, or one for this file alone."""
     if args.url is not None:
-        yield args.url
+        url = args.url.rstrip("/")
+        yield url if url.endswith("/v1") else f"{url}/v1"
         return
     from synthia_vllm.serve.server import listen
 

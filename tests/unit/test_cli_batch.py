@@ -49,7 +49,7 @@ def test_answers_and_errors(
 ) -> None:
     """Each in its file; nothing stays on the server, nothing beside the output."""
     ask(tmp_path / "in.jsonl", {}, {"temperature": 9}, {})
-    assert run(server, tmp_path) == 1
+    assert run(server, tmp_path, "--url", server.url) == 1
     assert ids(tmp_path / "out.jsonl") == ["0", "2"]
     assert ids(tmp_path / "out.errors.jsonl") == ["1"]
     assert "2 lines answered" in capsys.readouterr().err
