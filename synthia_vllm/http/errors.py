@@ -63,9 +63,10 @@ def error_response(
 def error_event(error: ApiError, usage: Usage | None) -> bytes:
     """The event that ends a stream which cannot go on; no ``[DONE]`` follows it.
 
-    It has what was used up, if anything was.
+    It has what was used up, if anything was: in the error, for there are clients that take a stream
+    for whole when its usage has come.
     """
-    told: dict[str, Any] = error.envelope()
+    told: dict[str, Any] = dict(error.envelope()["error"])
     if usage is not None:
-        told = {**told, "usage": usage}
-    return b"data: %b\n\n" % to_json(told, ensure_ascii=True)
+        told["usage"] = usage
+    return b"data: %b\n\n" % to_json({"error": told}, ensure_ascii=True)

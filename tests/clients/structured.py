@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, field_validator
+from pydantic import BaseModel, ConfigDict, field_validator
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -16,7 +16,9 @@ QUESTION = "What is the difference between an Orca, Dolphin and a Seal?"
 
 
 class Animal(BaseModel):
-    """What an answer is made to fit."""
+    """What an answer is made to fit, and nothing else: a model may go on for long where it may."""
+
+    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["cat", "dog"]
     tame: bool
