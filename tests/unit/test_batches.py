@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import resource
@@ -69,6 +70,13 @@ def lines_of(client: OpenAI, file_id: str | None) -> list[dict[str, Any]]:
 def engine_of(places: int, delay: float = 0.0, **options: Any) -> FakeEngine:
     info = ModelInfo(max_model_len=2048, vocab_size=32000, longest_token=1, max_num_seqs=places)
     return FakeEngine(delay=delay, model_info=info, **options)
+
+
+def stored(store: Store, user: str, lines: int) -> Batch:
+    """A batch of so many lines that nobody runs yet."""
+    content = jsonl([line(n) for n in range(lines)])
+    file = store.add_file(user, "asked.jsonl", io.BytesIO(content), len(content))
+    return store.add_batch(user, file, CHAT, None)
 
 
 @pytest.fixture(scope="module")
@@ -367,11 +375,7 @@ def test_cancelled_batches_keep_what_was_answered(tmp_path: Path) -> None:
 
 def test_after_a_day_what_is_left_is_told(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    content = tmp_path / "content"
-    content.write_bytes(jsonl([line(n) for n in range(600)]))
-    with content.open("rb") as source:
-        file = store.add_file("anonymous", "old", source, content.stat().st_size)
-    batch = store.add_batch("anonymous", file, CHAT, None)
+    batch = stored(store, "anonymous", 600)
     job = store.take("anonymous", batch.id)
     assert job is not None
     job.batch.expires_at = int(time.time()) - 1
@@ -440,11 +444,7 @@ def test_killed_servers_answer_each_line_once(tmp_path: Path) -> None:
 def test_one_batch_is_run_by_one_server(tmp_path: Path) -> None:
     """Whoever has the lock; who comes later does not get it, and sees how far it is."""
     store = Store(tmp_path)
-    content = tmp_path / "content"
-    content.write_bytes(jsonl([line(1)]))
-    with content.open("rb") as source:
-        file = store.add_file("alice", "x", source, content.stat().st_size)
-    batch = store.add_batch("alice", file, CHAT, None)
+    batch = stored(store, "alice", 1)
     job = store.take("alice", batch.id)
     assert job is not None
     assert Store(tmp_path).take("alice", batch.id) is None
@@ -511,11 +511,7 @@ def test_an_upload_to_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_hundred_thousand_lines(tmp_path: Path) -> None:
     """Are checked while others are served, and read on from where an earlier server was."""
     store = Store(tmp_path)
-    content = tmp_path / "content"
-    content.write_bytes(jsonl([line(n) for n in range(100_000)]))
-    with content.open("rb") as source:
-        file = store.add_file("alice", "x", source, content.stat().st_size)
-    job = store.take("alice", store.add_batch("alice", file, CHAT, None).id)
+    job = store.take("alice", stored(store, "alice", 100_000).id)
     assert job is not None
     looking = threading.Thread(target=job.validate)
     looking.start()
@@ -534,11 +530,7 @@ def test_a_hundred_thousand_lines(tmp_path: Path) -> None:
 def test_old_files_and_batches_go(tmp_path: Path) -> None:
     """By their age; a batch that has not ended stays."""
     store = Store(tmp_path)
-    content = tmp_path / "content"
-    content.write_bytes(jsonl([line(1)]))
-    with content.open("rb") as source:
-        file = store.add_file("alice", "x", source, content.stat().st_size)
-    batch = store.add_batch("alice", file, CHAT, None)
+    batch = stored(store, "alice", 1)
     store.remove_old(3600)
     assert store.files("alice")
     store.remove_old(-1)

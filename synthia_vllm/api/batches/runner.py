@@ -321,7 +321,7 @@ class BatchRunner:
             if job is not None:
                 await self._begin(job)
         for work in self._works:
-            if work.stop is None and await asyncio.to_thread(lambda: work.job.cancelled):  # noqa: B023
+            if work.stop is None and await asyncio.to_thread(work.job.cancelled):
                 work.stop = "cancelled"
             elif work.stop is None and time.time() > work.job.batch.expires_at:
                 work.stop = "expired"

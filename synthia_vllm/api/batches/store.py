@@ -21,7 +21,7 @@ import secrets
 import shutil
 import time
 from codecs import BOM_UTF8
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Final, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -103,17 +103,14 @@ class Store:
             purpose="batch",
         )
         place = self._root / user / "files" / record.id
-        building = place.with_name(f".{record.id}")
         try:
-            building.mkdir(parents=True)
-            with (building / "content").open("wb") as copy:
-                shutil.copyfileobj(content, copy, _BLOCK)
-                copy.flush()
-                os.fsync(copy.fileno())
-            _write(building / "file.json", record)
-            building.rename(place)
+            with _building(place) as building:
+                with (building / "content").open("wb") as copy:
+                    shutil.copyfileobj(content, copy, _BLOCK)
+                    copy.flush()
+                    os.fsync(copy.fileno())
+                _write(building / "file.json", record)
         except OSError:
-            shutil.rmtree(building, ignore_errors=True)
             raise StorageFull from None
         return record
 
@@ -155,15 +152,12 @@ class Store:
             metadata=metadata,
         )
         place = self._root / user / "batches" / batch.id
-        building = place.with_name(f".{batch.id}")
         try:
-            building.mkdir(parents=True)
-            # The same bytes under a second name: they stay if the file is deleted.
-            _link(self.content(user, file.id), building / "input")
-            _write(building / "batch.json", batch)
-            building.rename(place)
+            with _building(place) as building:
+                # The same bytes under a second name: they stay if the file is deleted.
+                _link(self.content(user, file.id), building / "input")
+                _write(building / "batch.json", batch)
         except OSError:
-            shutil.rmtree(building, ignore_errors=True)
             raise StorageFull from None
         return batch
 
@@ -249,21 +243,18 @@ class Store:
             return file_id
         if not content.exists() or not content.stat().st_size:
             return None
-        building = place.with_name(f".{file_id}")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        _link(content, building / "content")
-        _write(
-            building / "file.json",
-            File(
-                id=file_id,
-                bytes=content.stat().st_size,
-                created_at=int(time.time()),
-                filename=f"{batch.id}_{kind}.jsonl",
-                purpose="batch_output",
-            ),
-        )
-        building.rename(place)
+        with _building(place) as building:
+            _link(content, building / "content")
+            _write(
+                building / "file.json",
+                File(
+                    id=file_id,
+                    bytes=content.stat().st_size,
+                    created_at=int(time.time()),
+                    filename=f"{batch.id}_{kind}.jsonl",
+                    purpose="batch_output",
+                ),
+            )
         return file_id
 
     def _place(self, user: str, file_id: str) -> Path:
@@ -292,7 +283,6 @@ class Job:
         self._lines: Iterator[bytes] | None = None
         self._done: set[str] = set()
 
-    @property
     def cancelled(self) -> bool:
         """Whether its user wants it to end."""
         return (self._place / "cancel").exists()
@@ -446,6 +436,20 @@ def _fault(raw: bytes, endpoint: str, seen: set[str]) -> BatchError | None:
         )
     seen.add(line.custom_id)
     return None
+
+
+@contextmanager
+def _building(place: Path) -> Iterator[Path]:
+    """A directory that comes to be `place` if all went well, and else never was."""
+    building = place.with_name(f".{place.name}")
+    shutil.rmtree(building, ignore_errors=True)  # of one who was killed in the middle
+    try:
+        building.mkdir(parents=True)
+        yield building
+        building.rename(place)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
 
 
 def _link(path: Path, second: Path) -> None:
