@@ -8,6 +8,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -239,6 +240,21 @@ def test_bad_uploads(server: Running) -> None:
         error = told.json()["error"]
         assert told.status_code == 400, error
         assert error["param"] == param, error
+
+
+def test_an_upload_that_is_cut(server: Running) -> None:
+    """It is counted as a client that left, and nothing of it is kept."""
+    before = len(list(server.client.files.list()))
+    url = httpx.URL(server.url)
+    with socket.create_connection((url.host, url.port or 80)) as connection:
+        connection.sendall(
+            b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+            b"Content-Type: multipart/form-data; boundary=b\r\n\r\n--b\r\n"
+            b'Content-Disposition: form-data; name="file"; filename="a"\r\n\r\nxxxx'
+        )
+    labels = {"route": "/v1/files", "model": "", "status": "499"}
+    wait_until(lambda: server.value("synthia_requests_total", **labels) == 1)
+    assert len(list(server.client.files.list())) == before
 
 
 def test_forms_of_other_sites_are_refused(server: Running) -> None:

@@ -12,7 +12,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from synthia_vllm.api.batches.protocol import (
     Batch,
@@ -23,7 +23,7 @@ from synthia_vllm.api.batches.protocol import (
     FileList,
 )
 from synthia_vllm.errors import BodyTooLarge, Forbidden, InvalidRequest
-from synthia_vllm.http.body import parse_body
+from synthia_vllm.http.body import ClientLeft, parse_body
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -209,10 +209,15 @@ def _page(found: Sequence[Any], limit: int, after: str | None) -> dict[str, Any]
 
 
 async def _form(request: Request, most: int) -> Any:
-    """The form in the body. Raises `InvalidRequest` if it is none, `BodyTooLarge` if too large."""
+    """The form in the body.
+
+    Raises `InvalidRequest` if it is none, `BodyTooLarge` if too large, `ClientLeft` if it is cut.
+    """
     bounded = Request(request.scope, _bounded(request.receive, most + _MULTIPART_BYTES, most))
     try:
         return await bounded.form(max_files=1, max_fields=8)
+    except ClientDisconnect:
+        raise ClientLeft from None
     except (HTTPException, MultiPartException, FormParserError):
         raise InvalidRequest("Send a form: `Content-Type: multipart/form-data`.") from None
 
