@@ -7,6 +7,9 @@ from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+pytest.register_assert_rewrite("processes", "serving")  # so that they show the values, too
+
 from prometheus_client import REGISTRY
 from serving import Running, running
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,7 +30,7 @@ LONG: dict[str, Any] = {
 def status(url: str) -> int:
     """Of a GET, or 0 if nobody listens."""
     try:
-        return httpx.get(url).status_code
+        return httpx.get(url, timeout=60).status_code  # loading vLLM can hold up a busy machine
     except httpx.TransportError:
         return 0
 
@@ -62,6 +63,15 @@ def alive(pid: int) -> bool:
         return False
 
 
+def read_json_log(log: Path) -> list[dict[str, Any]]:
+    """The lines of a log that is JSON, the words of Python's resource tracker left out."""
+    lines = log.read_text().splitlines()
+    return [
+        json.loads(line) for line in lines
+        if "resource_tracker" not in line and not line.startswith("  warnings.warn(")
+    ]  # fmt: skip
+
+
 @contextmanager
 def command(
     demo: Path, log: Path, *flags: str, program: tuple[str, ...] = (COMMAND,)
@@ -81,7 +91,8 @@ def command(
         assert process.poll() is None, log.read_text()
         assert status(f"{url}/ready") == 503
         assert status(f"{url}/health") == 503
-        assert httpx.post(f"{url}/v1/chat/completions", json=LONG).status_code in (401, 503)
+        refused = httpx.post(f"{url}/v1/chat/completions", json=LONG, timeout=60)
+        assert refused.status_code in (401, 503)
         wait_until(lambda: status(f"{url}/ready") == 200 or process.poll() is not None, 240)
         assert process.poll() is None, log.read_text()
         # Whichever API process a connection meets, it serves.

@@ -6,8 +6,6 @@ import argparse
 import logging
 import os
 import signal
-import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +14,7 @@ from synthia_vllm.cli import batch, evaluate, keys
 from synthia_vllm.cli import chat as terminal
 from synthia_vllm.cli import render as rendering
 from synthia_vllm.errors import StartupError
+from synthia_vllm.telemetry import logs
 from synthia_vllm.template.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code: int = args.run(args)
     except StartupError as error:
-        print(f"synthia-vllm: {error}", file=sys.stderr)
+        logs.tell_end(error)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -180,10 +179,8 @@ def _serve(args: argparse.Namespace) -> int:
         print(settings.to_yaml(), end="")
         return 0
 
-    from synthia_vllm.telemetry import logs
-
     logs.configure(settings.log_level, settings.log_format)
-    progress = _Progress()
+    progress = logs.Progress()
 
     from synthia_vllm.engine.vllm.hub import check_model
 
@@ -206,7 +203,7 @@ def _serve(args: argparse.Namespace) -> int:
     return _serve_alone(settings, model, progress)
 
 
-def _serve_alone(settings: Settings, model: str, progress: _Progress) -> int:
+def _serve_alone(settings: Settings, model: str, progress: logs.Progress) -> int:
     """Serve in this process. Raises `StartupError`."""
     from prometheus_client import REGISTRY
 
@@ -248,7 +245,7 @@ def _serve_alone(settings: Settings, model: str, progress: _Progress) -> int:
     if isinstance(failure, StartupError):
         raise failure
     if failure is not None:  # the engine died: a supervisor should start us again
-        print(f"synthia-vllm: {failure}", file=sys.stderr)
+        logs.tell_end(failure)
         return 1
     return 0
 
@@ -262,17 +259,3 @@ def _warn_of_open_server(settings: Settings) -> None:
         settings.port,
         ", that is, anybody on this machine" if here else ", FROM OTHER MACHINES TOO",
     )
-
-
-class _Progress:
-    """Prints a line for each step, with the seconds since the start."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def __call__(self, step: str) -> None:
-        print(f"[{time.monotonic() - self._start:5.1f} s] {step}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -128,7 +128,7 @@ class Supervisor:
         except EngineDead as error:
             if self._phase != "stopping":  # Ctrl-C reaches the engine's processes too
                 await self._notify_clients()
-                print(f"synthia-vllm: {error}", file=sys.stderr)
+                logs.tell_end(error)
                 return 1
         finally:
             for worker in self._workers:
@@ -137,7 +137,7 @@ class Supervisor:
             self._thread.shutdown()
         if self._phase == "stopping":
             return 0
-        print("synthia-vllm: No API process is left.", file=sys.stderr)
+        logs.tell_end("No API process is left.")
         return 1
 
     async def _watch(self, started: asyncio.Future[None]) -> None:
@@ -309,7 +309,7 @@ def run_worker(job: _Job) -> None:
     server.run([job.port])
     failure = app.server_state.failure
     if isinstance(failure, StartupError):
-        print(f"synthia-vllm: {failure}", file=sys.stderr)
+        logs.tell_end(failure)
     sys.exit(1 if failure is not None or server.forced_exit else 0)
 
 

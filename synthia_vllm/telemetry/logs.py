@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import time
 from datetime import UTC, datetime
 from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
 
 
 class HumanFormatter(logging.Formatter):
@@ -49,9 +53,48 @@ def _shown(value: Any) -> str:
     return text if text.isprintable() and " " not in text else json.dumps(text)
 
 
+def json_handler() -> logging.Handler:
+    """Writes lines of JSON to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    return handler
+
+
 def configure(level: str, form: Literal["human", "json"]) -> None:
     """Send the log of this process to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter() if form == "json" else HumanFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    handler: logging.Handler = logging.StreamHandler()
+    handler.setFormatter(HumanFormatter())
+    if form == "json":
+        handler = json_handler()
+        logging.captureWarnings(True)
+    # Forced: a forked process may have the log of the one that it is forked from.
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+
+
+class Progress:
+    """Tells each step of a start, with the seconds since it began."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self, step: str) -> None:
+        took = time.monotonic() - self._start
+        if is_json():
+            logger.info(step, extra={"fields": {"seconds": round(took, 1)}})
+        else:
+            print(f"[{took:5.1f} s] {step}", file=sys.stderr, flush=True)
+
+
+def tell_end(why: object) -> None:
+    """Say why the process cannot go on, to who started it."""
+    if is_json():
+        logger.critical(str(why))
+    else:
+        print(f"synthia-vllm: {why}", file=sys.stderr)
+
+
+def is_json() -> bool:
+    """Whether this process logs JSON."""
+    handlers = logging.getLogger().handlers
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from processes import COMMAND, LONG, alive, children, command, sockets, status
+from processes import COMMAND, LONG, alive, children, command, read_json_log, sockets, status
 from serving import free_port, wait_until
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def test_sigterm_drains(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
 def test_death_of_the_engine(demo: Path, tmp_path: Path, victim: str) -> None:
     """SIGKILL of an engine process: every open request is told, the process exits with 1."""
-    with command(demo, tmp_path / "log") as (process, url), ThreadPoolExecutor(1) as pool:
+    log = tmp_path / "log"
+    as_json = ("--set", "log_format=json")
+    with command(demo, log, *as_json) as (process, url), ThreadPoolExecutor(1) as pool:
         [core] = [pid for pid, line in children(process.pid) if victim in line]
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=LONG, timeout=60) as response:
             lines = response.iter_lines()
@@ -60,6 +62,11 @@ def test_death_of_the_engine(demo: Path, tmp_path: Path, victim: str) -> None:
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
             assert plain.result().json()["error"]["code"] == "engine_dead"
         assert process.wait(60) == 1
+    said = read_json_log(log)
+    assert [line["message"].split()[0] for line in said if "seconds" in line] == [
+        "loading", "starting", "ready:",
+    ]  # fmt: skip
+    assert said[-1]["level"] == "critical"
 
 
 def shared_memory(pid: int) -> set[Path]:

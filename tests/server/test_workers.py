@@ -17,7 +17,7 @@ import httpx
 import pytest
 import yaml
 from openai import OpenAI
-from processes import COMMAND, LONG, alive, children, command, status
+from processes import COMMAND, LONG, alive, children, command, read_json_log, status
 from serving import wait_until
 
 from synthia_vllm.admission.users import new_key
@@ -264,7 +264,8 @@ def test_stopping_all(demo: Path, tmp_path: Path) -> None:
 
 def test_death_of_the_shared_engine(demo: Path, tmp_path: Path) -> None:
     """SIGKILL of the engine: the streams of all API processes are told, the exit code is 1."""
-    with command(demo, tmp_path / "log", "--api-workers", "2") as (process, url), ExitStack() as s:
+    flags = ("--api-workers", "2", "--set", "log_format=json")
+    with command(demo, tmp_path / "log", *flags) as (process, url), ExitStack() as s:
         wait_until(lambda: "2 API processes" in (tmp_path / "log").read_text())
         chat = f"{url}/v1/chat/completions"
         responses = [
@@ -276,6 +277,9 @@ def test_death_of_the_shared_engine(demo: Path, tmp_path: Path) -> None:
             last = events(response.iter_lines())[-1]
             assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
         assert process.wait(30) == 1
+    said = read_json_log(tmp_path / "log")
+    assert {line["message"] for line in said if line["logger"].endswith("handler")} == {"chat"}
+    assert "critical" in {line["level"] for line in said}
 
 
 def test_death_of_the_supervisor(demo: Path, tmp_path: Path) -> None:

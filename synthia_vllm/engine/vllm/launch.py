@@ -6,12 +6,14 @@ fails when vLLM moves it.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm.engine.vllm import cores, forkserver, watchdog
@@ -20,7 +22,7 @@ from synthia_vllm.engine.vllm.options import engine_args, prepare_environment, s
 from synthia_vllm.engine.vllm.tokenizer_files import settle_tokenizer
 from synthia_vllm.errors import EngineDead, StartupError
 from synthia_vllm.settings import gpu_present
-from synthia_vllm.telemetry import metrics
+from synthia_vllm.telemetry import logs, metrics
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,6 +33,7 @@ CLOSING_SECONDS: Final = 1.0
 
 # What vLLM's processes on a CPU import, all together most of their time to start.
 _FORKED_WITH: Final = (
+    "synthia_vllm.engine.vllm.forked_first",
     "synthia_vllm.engine.vllm.client",
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
@@ -198,9 +201,25 @@ def prepare_process(options: Mapping[str, Any], *, share_metrics: bool = False) 
     os.environ[watchdog.SERVER] = str(os.getpid())
     if share_metrics:
         metrics.share_in(directory)
+    if logs.is_json():
+        _have_json_logged(Path(directory, "logging.json"))
     if not gpu_present():
         forkserver.begin(_FORKED_WITH)
     return directory
+
+
+def _have_json_logged(file: Path) -> None:
+    """Have vLLM's processes log as this one does. What the user has set stands."""
+    config = {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "handlers": {"log": {"()": "synthia_vllm.telemetry.logs.json_handler"}},
+        "root": {"handlers": ["log"]},
+        "loggers": {"vllm": {"level": os.environ["VLLM_LOGGING_LEVEL"]}},
+    }
+    file.write_text(json.dumps(config))
+    os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(file))
+    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars are no lines
 
 
 class Processors:
