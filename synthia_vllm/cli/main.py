@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -259,3 +260,7 @@ def _warn_of_open_server(settings: Settings) -> None:
         settings.port,
         ", that is, anybody on this machine" if here else ", FROM OTHER MACHINES TOO",
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
