@@ -56,19 +56,20 @@ def queries(
     """
     # Grafana's rule, for steps up to three scrapes.
     known = {"__rate_interval": f"{4 * scraped:g}s", "__range": f"{round(shown)}s", **variables}
-
-    def value(match: re.Match[str]) -> str:
-        return known[match[1] or match[2]]
-
     return [
         Query(
             panel["title"],
-            re.sub(r"\$(?:(\w+)|\{(\w+)\})", value, target["expr"]),
+            filled(target["expr"], known),
             target["legendFormat"],
             target["instant"],
         )
         for target in panel.get("targets", [])
     ]
+
+
+def filled(text: str, variables: Mapping[str, str]) -> str:
+    """`text` with the values of its variables. Raises `KeyError` for one that is unknown."""
+    return re.sub(r"\$(?:(\w+)|\{(\w+)\})", lambda match: variables[match[1] or match[2]], text)
 
 
 def defaults(dashboard: Mapping[str, Any]) -> dict[str, str]:

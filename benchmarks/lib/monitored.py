@@ -20,7 +20,7 @@ import yaml
 from lib.servers import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
 CONFIG: Final = Path(__file__).parents[2] / "config"
 _GUESTS: Final = tuple(f"guest{number}" for number in range(10))
@@ -99,10 +99,13 @@ class Scrape:
 
 
 @contextmanager
-def prometheus(url: str, place: Path, interval: str = "1s") -> Iterator[Prometheus]:
+def prometheus(
+    url: str, place: Path, interval: str = "1s", *, pods: Sequence[Mapping[str, str]] = ()
+) -> Iterator[Prometheus]:
     """Run Prometheus with `config/prometheus/`, on the server at `url` and every `interval`.
 
-    It keeps its data in `place`. Raises `RuntimeError` if it is not installed or does not start.
+    For each of `pods` the same server is one more target, with these labels. All data is kept in
+    `place`. Raises `RuntimeError` if it is not installed or does not start.
     """
     command = shutil.which("prometheus")
     if command is None:
@@ -110,7 +113,10 @@ def prometheus(url: str, place: Path, interval: str = "1s") -> Iterator[Promethe
     document = yaml.safe_load((CONFIG / "prometheus/prometheus.yaml").read_text())
     document["global"] |= {"scrape_interval": interval, "evaluation_interval": interval}
     [job] = document["scrape_configs"]
-    job["static_configs"] = [{"targets": [url.removeprefix("http://")]}]
+    target = url.removeprefix("http://")
+    job["static_configs"] = [
+        {"targets": [target], "labels": dict(labels)} for labels in ({}, *pods)
+    ]
     (place / "prometheus.yaml").write_text(yaml.safe_dump(document))
     for rules in document["rule_files"]:
         shutil.copy(CONFIG / "prometheus" / rules, place)
@@ -128,7 +134,7 @@ def prometheus(url: str, place: Path, interval: str = "1s") -> Iterator[Promethe
     try:
         here = Prometheus(f"http://{address}")
         deadline = time.monotonic() + 30
-        while not _scrapes(here):
+        while not _scrapes(here, 1 + len(pods)):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Prometheus does not scrape {url}:\n{log.read_text()}")
             time.sleep(0.1)
@@ -138,9 +144,9 @@ def prometheus(url: str, place: Path, interval: str = "1s") -> Iterator[Promethe
         process.wait(30)
 
 
-def _scrapes(here: Prometheus) -> bool:
+def _scrapes(here: Prometheus, targets: int) -> bool:
     with suppress(httpx.TransportError, ValueError):
-        return [result["value"][1] for result in here.query("up")] == ["1"]
+        return [result["value"][1] for result in here.query("up")] == ["1"] * targets
     return False
 
 
@@ -189,6 +195,12 @@ async def offer(url: str, keys: Mapping[str, str], seconds: float) -> Counter[in
             await asker.ask("alice", _long(8) | {"model": "another"})
             await asker.ask("alice", _long(8) | {"temperature": -1})
             await asker.ask("nobody", _long(8))
+            model = {"model": "synthia-demo", "max_tokens": 8}
+            hello = {"messages": [{"role": "user", "content": "Hello!"}]}
+            await asker.ask("bob", model | {"prompt": "Hello"}, route="/v1/completions")
+            await asker.ask("bob", model | hello, route="/v1/messages")
+            asked = {"model": "synthia-demo", "input": "Hello!"}
+            await asker.ask("bob", asked | {"max_output_tokens": 16}, route="/v1/responses")
 
         await asyncio.gather(
             *(stream(number) for number in range(_STREAMS)),
@@ -224,10 +236,11 @@ class _Asker:
         headers: Mapping[str, str] | None = None,
         *,
         leave: bool = False,
+        route: str = "/v1/chat/completions",
     ) -> None:
         key = {"Authorization": f"Bearer {self.keys.get(user, 'sk-unknown')}"}
         async with self.session.post(
-            f"{self.url}/v1/chat/completions", json=body, headers=key | dict(headers or {})
+            f"{self.url}{route}", json=body, headers=key | dict(headers or {})
         ) as response:
             self.seen[response.status] += 1
             if leave:

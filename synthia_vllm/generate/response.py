@@ -175,7 +175,7 @@ class ResponseState:
     """
 
     __slots__ = (
-        "_begun",
+        "_began_at",
         "_choices",
         "_on_begin",
         "_texts",
@@ -190,6 +190,7 @@ class ResponseState:
         "prepared",
         "prompt_tokens",
         "request_id",
+        "token_seconds",
     )
 
     def __init__(
@@ -209,7 +210,7 @@ class ResponseState:
         self.fingerprint = fingerprint
         """What the same request may be answered otherwise by when it is another."""
         self._choices: list[Choice | None] = list(choices)
-        self._begun = [False] * len(choices)
+        self._began_at: list[float | None] = [None] * len(choices)
         self._on_begin = began
         self._texts: list[list[str]] | None = [[] for _ in choices] if keep_text else None
         self.begun = False
@@ -221,6 +222,8 @@ class ResponseState:
         self._tokens = [0] * len(choices)
         self.finish_reasons: list[str] = []
         """One for each choice that has ended."""
+        self.token_seconds: list[float] = []
+        """The mean time between two tokens, of each choice that has ended and has two."""
         self.cached_tokens = 0
         self.open_choices = len(choices)
         """Choices whose end has not come; at 0 the engine need not go on."""
@@ -228,7 +231,7 @@ class ResponseState:
     def take(self, output: Output, cached_tokens: int) -> Delta | None:
         """What `output` adds to its choice's answer, if anything. Raises `EngineFault`."""
         index = output.index
-        if not self._begun[index]:
+        if self._began_at[index] is None:
             self._begin(index, cached_tokens)
         self._tokens[index] += len(output.token_ids)
         choice = self._choices[index]
@@ -241,13 +244,14 @@ class ResponseState:
             self._choices[index] = None
             self.open_choices -= 1
             self.finish_reasons.append(delta.finish_reason)
+            self._note_pace(index)
         if self._texts is not None:
             self._texts[index].append(delta.text)
         return delta
 
     def ran(self, index: int, tokens: int, cached_tokens: int) -> None:
         """As `Sink.ran`: tokens that ran are counted, whoever is there to read them."""
-        if not self._begun[index]:
+        if self._began_at[index] is None:
             self._begin(index, cached_tokens)
         self._tokens[index] = tokens
 
@@ -255,12 +259,18 @@ class ResponseState:
         """The prompt of choice `index` has run, and with it all choices of that prompt begin."""
         n = self.prepared.engine_requests[0].sampling.n
         first = index - index % n
-        self._begun[first : first + n] = [True] * n
+        self._began_at[first : first + n] = [time.perf_counter()] * n
         self.prompt_tokens += len(self.prepared.prompt_of(index))
         self.cached_tokens += cached_tokens
         if not self.begun:
             self.begun = True
             self._on_begin()
+
+    def _note_pace(self, index: int) -> None:
+        """Choice `index` is whole. Its first token is the prompt's time, and not the pace's."""
+        began, tokens = self._began_at[index], self._tokens[index]
+        if began is not None and tokens > 1:
+            self.token_seconds.append((time.perf_counter() - began) / (tokens - 1))
 
     @property
     def answer_tokens(self) -> int:

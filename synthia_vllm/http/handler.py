@@ -211,7 +211,9 @@ class _Exchange:
         if self.status == CLIENT_LEFT:
             metrics.aborted_by_client.labels(model).inc()
         if prepared is not None and response is not None:
-            metrics.of(model).end_to_end.observe(took)
+            series = metrics.of(model)
+            series.end_to_end.observe(took)
+            series.time_per_output_token.observe_all(response.token_seconds)
             self._state.count_response(response, self._user)
         if prepared and prepared.conversation and response and not response.open_choices:
             self._state.keep(self._user or "", prepared.question, response.texts)

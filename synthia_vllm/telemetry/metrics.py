@@ -78,6 +78,7 @@ class ModelSeries:
 
     time_to_first_token: Histogram
     inter_token_latency: BulkHistogram
+    time_per_output_token: BulkHistogram
     end_to_end: Histogram
     prompt_tokens: Counter
     cached_prompt_tokens: Counter
@@ -139,6 +140,11 @@ class Metrics:
         self._inter_token_latency = histogram(
             "inter_token_latency_seconds",
             "Between two pieces of text of one streamed answer",
+            _ITL_BUCKETS,
+        )
+        self._time_per_output_token = histogram(
+            "time_per_output_token_seconds",
+            "Mean time between the tokens of one whole answer",
             _ITL_BUCKETS,
         )
         self._end_to_end = histogram(
@@ -211,6 +217,7 @@ class Metrics:
         return ModelSeries(
             time_to_first_token=self._time_to_first_token.labels(model),
             inter_token_latency=self._inter_token_latency.labels(model),
+            time_per_output_token=self._time_per_output_token.labels(model),
             end_to_end=self._end_to_end.labels(model),
             prompt_tokens=self._prompt_tokens.labels(model),
             cached_prompt_tokens=self._cached_prompt_tokens.labels(model),

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+POD = {"namespace": "synthia", "pod": "synthia-vllm-0"}
+"""What a PodMonitor says of a target, and a static one has not."""
+
+
 @pytest.fixture(scope="session")
 def scrape(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scrape]:
     """Server and Prometheus run on while the tests do."""
@@ -25,7 +29,7 @@ def scrape(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scr
     flags = [*FLAGS, "--set", f"keys_file={place / 'keys.yaml'}"]
     flags += ["--set", f"transcripts.directory={place / 'transcripts'}"]
     with command(demo, place / "log", *flags) as (process, url):
-        with prometheus(url, place) as source:
+        with prometheus(url, place, pods=(POD,)) as source:
             begin = time.time()
             statuses = asyncio.run(offer(url, keys, 25))
             end = time.time()

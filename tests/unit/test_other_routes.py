@@ -82,6 +82,7 @@ def test_metrics_count_what_happened() -> None:
         assert server.value("synthia_finished_total", reason="stop", **name) == 2
         assert server.value("synthia_time_to_first_token_seconds_count", **name) == 1
         assert server.value("synthia_inter_token_latency_seconds_count", **name) == 2
+        assert server.value("synthia_time_per_output_token_seconds_count", **name) == 2
         assert server.value("synthia_end_to_end_seconds_count", **name) == 2
         assert server.value("synthia_answer_tokens_total", **name) == 2 * plain["completion_tokens"]
         assert server.value("synthia_escaped_markers_total", **name) == 1

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,6 +18,7 @@ from synthia_vllm.api.chat.wire import ChatChunks
 from synthia_vllm.engine.base import EngineRequest, Sampling
 from synthia_vllm.engine.fake import FakeEngine, FakeOutput
 from synthia_vllm.errors import EngineDead
+from synthia_vllm.generate import response as generate_response
 from synthia_vllm.generate.response import Delta, Prepared, ResponseState
 from synthia_vllm.http.sse import Stream, WriteBatcher, stream_answer
 from synthia_vllm.telemetry.metrics import BulkHistogram, Metrics
@@ -98,6 +101,26 @@ class Response:
         await asyncio.sleep(0)
         yield engine.sink
         await asyncio.wait_for(task, 5)
+
+
+def test_the_pace_is_of_each_whole_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its first token to its end; not of one token alone, nor of what broke off."""
+    clock = iter([10.0, 12.0, 13.0])
+    reads = SimpleNamespace(time=time.time, perf_counter=lambda: next(clock))
+    monkeypatch.setattr(generate_response, "time", reads)
+    request = EngineRequest(
+        request_id="x", prompt_token_ids=[1, 2], sampling=Sampling(max_tokens=9, n=4)
+    )
+    asked = ChatRequest(model="m", messages=[ChatMessage(role="user", content="Hi")])
+    choices = tuple(Heard() for _ in range(4))
+    state = ResponseState(Prepared(asked, (request,), choices, usage="never", question=""), "x")
+    state.take(FakeOutput(0, "a", [3]), 0)
+    state.take(FakeOutput(1, "a", [3]), 0)
+    state.take(FakeOutput(0, "bcde", [3, 3, 3, 3], finish_reason="stop"), 0)
+    state.take(FakeOutput(1, "bc", [3, 3], finish_reason="length"), 0)
+    state.take(FakeOutput(2, "a", [3], finish_reason="stop"), 0)
+    state.take(FakeOutput(3, "abc", [3, 3, 3]), 0)
+    assert state.token_seconds == [0.5, 1.5]
 
 
 def say(sink: Any, text: str, choice: int = 0, end: str | None = None) -> None:
