@@ -172,8 +172,10 @@ def scalings() -> dict[str, tuple[str, float]]:
     [rule] = yaml.safe_load((CONFIG / "prometheus/adapter.yaml").read_text())["externalRules"]
     assert external["metric"] == {"name": rule["name"]["as"]}
     [series] = re.findall(r'__name__="([^"]+)"', rule["seriesQuery"])
-    asked = rule["metricsQuery"].replace("<<.LabelMatchers>>", 'job="synthia-vllm"')
-    assert [selector.name for selector in selectors(asked)] == [series]
+    [load] = selectors(trigger["metadata"]["query"])
+    # The adapter adds the namespace of whoever asks, where KEDA has to be told it.
+    asked = rule["metricsQuery"].replace("<<.LabelMatchers>>", load.matchers[1:-1])
+    assert [selector.name for selector in selectors(asked)] == [series] == [load.name]
     target = external["target"]["averageValue"]
     assert target.endswith("m")
     return {
