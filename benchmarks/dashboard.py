@@ -177,7 +177,7 @@ def _numbers(axes: Axes, found: Mapping[str, float]) -> None:
 
 def _bars(axes: Axes, panel: Mapping[str, Any], found: Mapping[str, float]) -> None:
     field = panel["fieldConfig"]["defaults"]
-    most = field.get("max", 1.2 * max(found.values()))
+    most = field.get("max", 1.5 * max(found.values()))  # room for the names
     bars = axes.barh(list(found)[::-1], [min(value, most) for value in found.values()][::-1])
     texts = [
         f" {name}: {value:,.0f}" if value > 100 else f" {name}: {value:.2g}"
