@@ -433,17 +433,28 @@ def process(directory: Path, delay: float) -> Iterator[tuple[subprocess.Popen[by
             server.kill()
 
 
+def holder(lock: Path) -> int:
+    """The process that has the lock."""
+    lines = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    inode = str(lock.stat().st_ino)
+    [pid] = [line[4] for line in lines if line[1] == "FLOCK" and line[5].endswith(f":{inode}")]
+    return int(pid)
+
+
 def test_killed_servers_answer_each_line_once(tmp_path: Path) -> None:
     """Two servers, one killed in the middle, and a third one in its place."""
     lines = [line(n, temperature=9 if n % 10 == 0 else 0.5) for n in range(300)]
-    with process(tmp_path, 0.02) as (first, client), process(tmp_path, 0.02) as (_, other):
+    with process(tmp_path, 0.02) as (one, client), process(tmp_path, 0.02) as (two, other):
         batches = [begin(client, jsonl(lines)), begin(other, jsonl(lines))]
         some = tmp_path / "anonymous" / "batches" / batches[0].id / "output"
         wait_until(lambda: some.exists() and some.stat().st_size)
-        os.kill(first.pid, signal.SIGKILL)
-        first.wait()
+        runs = {each.pid: each for each in (one, two)}[holder(some.with_name("lock"))]
+        os.kill(runs.pid, signal.SIGSTOP)  # the batch is its own until its end
+        wait_until(lambda: " T " in Path(f"/proc/{runs.pid}/stat").read_text())
         with some.open("ab") as torn:  # as a write that the death of the machine cut
             torn.write(b'{"id": "x", "custom_id": "line-299", "resp')
+        os.kill(runs.pid, signal.SIGKILL)
+        runs.wait()
         with process(tmp_path, 0.0) as (_, third):
             for batch in batches:
                 done = ended(third, batch.id)
