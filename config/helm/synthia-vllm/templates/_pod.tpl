@@ -13,6 +13,11 @@
 {{- if or (gt (int .Values.replicas) 1) (ne .Values.autoscaling.by "none") }}yes{{ end }}
 {{- end }}
 
+{{/* Whether there are volumes that outlive a pod; empty if not. */}}
+{{- define "synthia.claims" -}}
+{{- if or (ne .Values.model.name "demo") .Values.storage.data.enabled }}yes{{ end }}
+{{- end }}
+
 {{/* Options of the engine, as YAML: the values', and what the number of GPUs makes of them. */}}
 {{- define "synthia.engine" -}}
 {{- $gpus := mul .Values.nodes (max 1 .Values.gpus) | int -}}
