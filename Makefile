@@ -6,7 +6,7 @@
 #   make test                      run the tests (and set up what they need)
 #   make test-all                  those too that take minutes and guard what seldom changes
 #   make check                     lint and type-check
-#   make check-config              check config/: needs kubectl, prometheus and promtool
+#   make check-config              check config/: needs prometheus and promtool
 #   make check-image               build the Dockerfile's CPU image and try it: as root, on Debian
 #   make check-vllm VERSION=0.33.0 tell what of another vLLM would have to be looked at
 #   make lock                      write requirements/*.txt anew (ARGS=--upgrade: all of the newest)
@@ -74,10 +74,9 @@ check: .venv/.dev .venv/.bench
 	@$(BIN)/python tools/check_tree.py
 
 check-config: .venv/.dev .venv/.cluster
-	@for tool in kubectl prometheus promtool; do command -v $$tool >/dev/null || { echo \
-		"$$tool is not on this machine, and config/ is checked with it. kubectl comes from" \
-		"Kubernetes (1.27 or later); on Debian the other two are in the package prometheus." >&2; \
-		exit 1; }; done
+	@for tool in prometheus promtool; do command -v $$tool >/dev/null || { echo \
+		"$$tool is not on this machine, and config/ is checked with it: on Debian," \
+		"apt-get install prometheus." >&2; exit 1; }; done
 	@$(BIN)/python -m pytest tests/config $(PARALLEL) $(ARGS)
 
 check-image: .venv/.dev
@@ -94,8 +93,8 @@ build/uv/bin/uv:
 	@$(PYTHON) -m venv --clear build/uv
 	@build/uv/bin/python -m pip --disable-pip-version-check install -q 'uv==0.13.9'
 
-config: .venv/.python
-	@$(BIN)/python config/kubernetes/generate.py
+config: .venv/.engine-$(ENGINE)
+	@$(BIN)/python config/helm/generate.py
 
 format: .venv/.dev
 	@$(BIN)/ruff check --fix-only .

@@ -1,13 +1,13 @@
-"""The Kubernetes manifests as kustomize renders them, and ways to look into them."""
+"""The Kubernetes manifests as Helm renders them, and ways to look into them."""
 
 from __future__ import annotations
 
-import shutil
+import json
 import subprocess
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
@@ -15,10 +15,116 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 ROOT = Path(__file__).parents[1]
-KUBERNETES = ROOT / "config" / "kubernetes"
-OVERLAYS = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
+CHART = ROOT / "config" / "helm" / "synthia-vllm"
+HELM = ROOT / ".venv" / "cluster" / "helm" / "helm"
+KUBECTL = ROOT / ".venv" / "cluster" / "kubectl" / "kubectl"
+PRESETS = sorted(path.stem for path in (CHART / "presets").iterdir())
+NAMESPACE = "synthia"
 
 Object = dict[str, Any]
+
+_DATABASES: Final[Object] = {
+    "accounts": {"secret": "synthia-valkey"},
+    "ledger": {"secret": "synthia-postgres", "to": [{"ipBlock": {"cidr": "10.0.0.7/32"}}]},
+}
+ODD: Final[dict[str, tuple[list[str], Object]]] = {
+    "everything-existing": (
+        ["gpu"],
+        {
+            "image": {"digest": "sha256:" + "0" * 64, "pullPolicy": "Always"},
+            "imagePullSecrets": [{"name": "registry"}],
+            "storage": {
+                "models": {"existingClaim": "weights"},
+                "cache": {"existingClaim": "kernels"},
+                "data": {"enabled": True, "existingClaim": "words"},
+            },
+            "settings": {"transcripts": {"directory": "/data/transcripts"}},
+        },
+    ),
+    "weights-already-there": (
+        ["gpu"],
+        {"model": {"path": "mine/Synthia"}, "storage": {"models": {"existingClaim": "weights"}}},
+    ),
+    "a-revision-and-classes": (
+        ["l4"],
+        {
+            "model": {"revision": "0123abcd" * 5, "hubTokenSecret": ""},
+            "storage": {"models": {"className": "fast"}, "data": {"enabled": True}},
+        },
+    ),
+    "a-fleet-with-databases": (
+        ["h100"],
+        {"replicas": 3, "storage": {"accessMode": "ReadWriteMany"}, **_DATABASES},
+    ),
+    "several-without-databases": (
+        ["a10"],
+        {"replicas": 3, "storage": {"accessMode": "ReadWriteMany"}, "supplementalGroups": [4321]},
+    ),
+    "one-with-databases": (["gpu"], _DATABASES),
+    "scheduled-with-care": (
+        ["multi-gpu", "a100"],
+        {
+            "nodeSelector": {"nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"},
+            "tolerations": [],
+            "affinity": {"nodeAffinity": {}},
+            "topologySpreadConstraints": [
+                {"topologyKey": "rack", "maxSkew": 1, "whenUnsatisfiable": "DoNotSchedule"}
+            ],
+            "priorityClassName": "serving",
+            "runtimeClassName": "nvidia",
+            "readOnlyRootFilesystem": False,
+            "extraEnv": [{"name": "NCCL_DEBUG", "value": "WARN"}],
+            "podAnnotations": {"example.com/owner": "us"},
+        },
+    ),
+    "two-groups-of-four-nodes": (
+        ["multi-node", "h200"],
+        {
+            "nodes": 4,
+            "gpus": 2,
+            "replicas": 2,
+            "settings": {"engine": {"enforce_eager": True, "enable_chunked_prefill": False}},
+        },
+    ),
+    "a-group-watched": (
+        ["multi-node"],
+        {
+            "monitoring": {"enabled": True, "labels": {"team": "us"}, "keySecret": "scrape"},
+            "settings": {"metrics": "key"},
+            "networkPolicy": {
+                "egress": [{"to": [{"podSelector": {}}], "ports": [{"port": 4317}]}],
+            },
+        },
+    ),
+    "short-drains": (["gpu"], {"drain": {"delaySeconds": 20, "graceSeconds": 60}}),
+    "long-requests": (["gpu"], {"settings": {"limits": {"request_seconds": 1800.5}}}),
+    "a-demo-to-the-world": (
+        ["cpu-demo"],
+        {
+            "replicas": 2,
+            "ingress": {"enabled": True, "host": "chat.example.com", "tlsSecret": "chat-tls"},
+            "httpRoute": {
+                "enabled": True,
+                "hostnames": ["chat.example.com"],
+                "parentRefs": [{"name": "web", "namespace": "gateways", "sectionName": "https"}],
+            },
+        },
+    ),
+    "a-demo-that-keeps-words": (["cpu-demo"], {"storage": {"data": {"enabled": True}}}),
+    "a-demo-with-keys-and-a-dashboard": (
+        ["cpu-demo"],
+        {
+            "keys": {"secret": "people"},
+            "monitoring": {"dashboard": {"enabled": True, "labels": {"dashboards": "yes"}}},
+        },
+    ),
+    "scaled-by-little": (
+        ["keda", "l4"],
+        {"autoscaling": {"minReplicas": 1, "maxReplicas": 3, "load": 0.5}, **_DATABASES},
+    ),
+}
+"""Presets and values together, as somebody might choose them."""
+NAMES: Final = [*PRESETS, *ODD]
 
 
 @dataclass(frozen=True)
@@ -52,9 +158,11 @@ class Pod:
 
 @dataclass(frozen=True)
 class Installation:
-    """All objects of one overlay."""
+    """All objects of one choice of values, the values, and what Helm tells who installs it."""
 
     objects: list[Object]
+    values: Object
+    notes: str
 
     def of(self, *kinds: str) -> list[Object]:
         """The objects of these kinds."""
@@ -97,26 +205,55 @@ class Installation:
 
 
 def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
-    """Whether a selector of labels (``matchLabels`` or plain) takes a pod with `labels`."""
-    wanted = selector.get("matchLabels", {} if selector == {} else selector)
-    return all(labels.get(name) == value for name, value in wanted.items())
+    """Whether a selector of labels (``matchLabels`` and expressions, or plain) takes a pod."""
+    plain = selector if not {"matchLabels", "matchExpressions"} & set(selector) else {}
+    wanted = selector.get("matchLabels", plain)
+    among = selector.get("matchExpressions", [])
+    assert all(expression["operator"] == "In" for expression in among)
+    return all(labels.get(name) == value for name, value in wanted.items()) and all(
+        labels.get(expression["key"]) in expression["values"] for expression in among
+    )
 
 
-def render(overlay: str) -> Installation:
-    """What `kubectl apply -k` would send to the cluster."""
-    return Installation(list(yaml.safe_load_all(_rendered(overlay))))
-
-
-@cache
-def _rendered(overlay: str) -> str:
-    tool = shutil.which("kubectl")
-    assert tool, "kubectl (1.27 or later) is not on this machine: install it to check config/"
-    done = subprocess.run(
-        [tool, "kustomize", str(KUBERNETES / "overlays" / overlay)],
+def helm(*arguments: str, values: Object | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Helm on the chart; the values go in by standard input."""
+    assert HELM.exists(), "there is no helm in .venv: run `make .venv/.cluster`"
+    command, *rest = arguments
+    return subprocess.run(
+        [HELM, command, *rest, "--namespace", NAMESPACE, "--values", "-"],
+        input=json.dumps(values or {}),
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@cache
+def render(name: str) -> Installation:
+    """What Helm would send to the cluster with this preset, or these of `ODD`; and what it says."""
+    presets, own = ODD.get(name, ([name], {}))
+    files = [f"--values={CHART / 'presets' / preset}.yaml" for preset in presets]
+    done = helm("install", "synthia-vllm", str(CHART), "--dry-run=client", *files, values=own)
     assert done.returncode == 0, done.stderr
-    assert not done.stderr, done.stderr  # what is deprecated
-    return done.stdout
+    assert "warning" not in done.stderr.lower(), done.stderr
+    said, _, notes = done.stdout.partition("\nNOTES:\n")
+    manifest = said.partition("\nMANIFEST:\n")[2]
+    return Installation(list(yaml.safe_load_all(manifest)), merged(name), notes)
+
+
+def merged(name: str) -> Object:
+    """The values that make this installation."""
+    presets, own = ODD.get(name, ([name], {}))
+    files = [CHART / "values.yaml", *(CHART / "presets" / f"{preset}.yaml" for preset in presets)]
+    values: Object = {}
+    for layer in [*(yaml.safe_load(file.read_text()) for file in files), own]:
+        _merge(values, layer)
+    return values
+
+
+def _merge(into: Object, layer: Object) -> None:
+    for key, value in layer.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = json.loads(json.dumps(value))

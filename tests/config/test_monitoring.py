@@ -16,7 +16,7 @@ import pytest
 import yaml
 from dashboard import FILE, Query, defaults, filled, queries
 from leads import LOAD_LATE
-from manifests import render
+from manifests import NAMESPACE, render
 from processes import LONG, command
 from prometheus_client import CollectorRegistry
 from promql import Selector, selectors
@@ -167,6 +167,9 @@ def scalings() -> dict[str, tuple[str, float]]:
     """What the autoscalers ask Prometheus, and how much of it each server is to have."""
     [keda] = render("keda").of("ScaledObject")
     [trigger] = keda["spec"]["triggers"]
+    # The scrape here is not of a cluster, so its series have no namespace.
+    query = trigger["metadata"]["query"].replace(f'namespace="{NAMESPACE}", ', "")
+    assert query != trigger["metadata"]["query"]
     [hpa] = render("hpa").of("HorizontalPodAutoscaler")
     [external] = [metric["external"] for metric in hpa["spec"]["metrics"]]
     [rule] = yaml.safe_load((CONFIG / "prometheus/adapter.yaml").read_text())["externalRules"]
@@ -179,7 +182,7 @@ def scalings() -> dict[str, tuple[str, float]]:
     target = external["target"]["averageValue"]
     assert target.endswith("m")
     return {
-        "keda": (trigger["metadata"]["query"], float(trigger["metadata"]["threshold"])),
+        "keda": (query, float(trigger["metadata"]["threshold"])),
         "hpa": (asked, float(target[:-1]) / 1000),
     }
 

@@ -181,15 +181,17 @@ containers:
       - --engine=master_addr=$(LWS_LEADER_ADDRESS)
       {{- end }}
     env:
-      {{- if ne .Values.model.name "demo" }}
       - {name: HF_HUB_OFFLINE, value: "1"}
-      {{- end }}
       {{- range $setting, $of := dict "ACCOUNTS" .Values.accounts "LEDGER" .Values.ledger }}
       {{- if $of.secret }}
       - name: SYNTHIA_{{ $setting }}
         valueFrom:
           secretKeyRef: {name: {{ $of.secret }}, key: {{ $of.key }}}
       {{- end }}
+      {{- end }}
+      {{- if .Values.storage.data.enabled }}
+      # The file of who used what is kept here.
+      - {name: XDG_STATE_HOME, value: /data/state}
       {{- end }}
       {{- with .Values.extraEnv }}
       {{- toYaml . | nindent 6 }}
