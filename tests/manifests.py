@@ -39,6 +39,7 @@ ODD: Final[dict[str, tuple[list[str], Object]]] = {
                 "data": {"enabled": True, "existingClaim": "words"},
             },
             "settings": {"transcripts": {"directory": "/data/transcripts"}},
+            "networkPolicy": {"from": []},
         },
     ),
     "weights-already-there": (

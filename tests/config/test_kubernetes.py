@@ -135,6 +135,11 @@ BREAKS: list[tuple[str, str, Callable[[Installation], object]]] = [
         lambda i: server(i)["securityContext"].pop("readOnlyRootFilesystem"),
     ),
     ("pods_are_locked", "gpu", lambda i: server(i)["securityContext"].pop("capabilities")),
+    (
+        "pods_are_locked",
+        "scheduled-with-care",
+        lambda i: server(i)["securityContext"].update(readOnlyRootFilesystem=True),
+    ),
     ("pods_are_locked", "gpu", lambda i: pod(i).update(hostIPC=True)),
     (
         "only_known_places_are_writable",
@@ -480,6 +485,54 @@ def test_another_download_is_another_job() -> None:
     }
     assert len(names) == 3
     assert all(re.fullmatch(r"synthia-vllm-download-[0-9a-f]{8}", name) for name in names)
+
+
+@pytest.mark.parametrize("hub", ["answers", "breaks off"])
+def test_weights_are_whole_or_not_there(hub: str, tmp_path: Path) -> None:
+    """The job's own script: what was broken off is fetched again, what is whole is not."""
+    script = job(render("gpu"))["command"][-1]
+    place = tmp_path / "models" / "main" / "Synthia"
+    tool = tmp_path / "hf"
+    done = tmp_path / "done"
+    tool.write_text(f'#!/bin/sh\necho "$@" >>{done}\n' + "exit 1\n" * (hub == "breaks off"))
+    tool.chmod(0o755)
+    for _ in range(2):
+        ran = _run(script, MODEL=str(place), PATH=f"{tmp_path}:/usr/bin:/bin")
+        assert ran.returncode == (hub == "breaks off")
+    assert (place / ".complete").exists() == (hub == "answers")
+    asked = done.read_text().splitlines()
+    assert len(asked) == (1 if hub == "answers" else 2)
+    assert asked[0] == (f"download migtissera/Synthia-7B-v3.0 --revision main --local-dir {place}")
+
+
+def test_a_volume_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    """Who it is, which volume, and where to read on; and nothing else is tried."""
+    (tmp_path / "models").write_text("not a directory")
+    ran = _run(job(render("gpu"))["command"][-1], MODEL=str(tmp_path / "models" / "main"))
+    assert ran.returncode == 1
+    assert "uid=" in ran.stdout
+    assert "cannot write to the volume of /models" in ran.stdout
+    waits = pod(render("gpu"))["initContainers"][0]["command"][-1]
+    missing = waits.replace("-w /cache", f"-w {tmp_path}/cache")
+    assert missing != waits
+    ran = _run(missing, MODEL="/nowhere")
+    assert ran.returncode == 1
+    assert "cannot write to the volume of /cache" in ran.stdout
+    (place := tmp_path / "whole").mkdir()
+    (place / ".complete").touch()
+    there = waits.replace("-w /cache", f"-w {tmp_path}")
+    assert _run(there, MODEL=str(place)).returncode == 0
+
+
+def _run(script: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-ec", script],
+        env={"PATH": "/usr/bin:/bin", **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=30,
+    )
 
 
 def _manifest(values: Object) -> Installation:
