@@ -588,10 +588,13 @@ def test_the_chart_is_well_made() -> None:
 
 
 def test_the_tools_are_there() -> None:
-    """The kubectl that docs are written for knows what they tell it to do."""
+    """The kubectl of the tests knows what docs tell it to do, and docs say which Helm it was."""
     done = subprocess.run([KUBECTL, "apply", "--help"], capture_output=True, text=True, check=True)
     assert "--server-side" in done.stdout
-    assert HELM.exists()
+    version = subprocess.run(
+        [HELM, "version", "--template", "{{.Version}}"], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"Helm {version.removeprefix('v')}," in (ROOT / "docs/kubernetes.md").read_text()
 
 
 # What somebody might write, and words of the answer that name it.
