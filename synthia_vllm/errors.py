@@ -32,12 +32,23 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
+def without_password(text: str) -> str:
+    """`text`, where no URL tells a user and a password."""
+    return re.sub(r"//\S*@", "//***@", text)
+
+
 class SynthiaError(Exception):
     """Root of the tree; never raised itself."""
 
 
 class StartupError(SynthiaError):
-    """The server cannot start. The message is for the operator: what is wrong and the way out."""
+    """The server cannot start. The message is for the operator: what is wrong and the way out.
+
+    No password that is part of a URL is told.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(without_password(message))
 
 
 class ApiError(SynthiaError):

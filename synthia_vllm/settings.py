@@ -7,14 +7,16 @@ came from, before anything starts. Every key is documented in ``config/server.ya
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from synthia_vllm.errors import StartupError
+from synthia_vllm.errors import StartupError, without_password
 from synthia_vllm.template.formats import FORMATS, PromptFormat
 from synthia_vllm.template.prompt import PRESETS, Markers, Preset
 
@@ -74,6 +76,24 @@ class Batches(_Section):
     beside_users: float = Field(0.25, ge=0, le=1)
 
 
+def _valkey_url(url: str) -> str:
+    try:
+        address = urlsplit(url)
+        valid = (
+            address.scheme in ("valkey", "valkeys", "redis", "rediss")
+            and bool(address.hostname)
+            and address.port != 0
+            and re.fullmatch(r"/?\d*", address.path)
+        )
+    except ValueError:
+        valid = False
+    if not valid:
+        raise PydanticCustomError(
+            "valkey_url", "Input should be valkey://[user:password@]host:port/number (TLS: valkeys)"
+        )
+    return url
+
+
 def _known_format(name: str) -> str:
     if name not in FORMATS:
         names = " or ".join(map(repr, FORMATS))
@@ -98,6 +118,7 @@ class Settings(_Section):
     answer_reserve: int = Field(256, ge=1)
     sampling: SamplingDefaults = SamplingDefaults()
     keys_file: Path | None = None
+    accounts: Annotated[str, AfterValidator(_valkey_url)] | None = Field(None, repr=False)
     prefix_cache: Literal["auto", "per-user", "shared"] = "auto"
     discovery: Literal["key", "open"] = "key"
     metrics: Literal["open", "key", "off"] = "open"
@@ -162,8 +183,11 @@ class Settings(_Section):
         return names
 
     def to_yaml(self) -> str:
-        """The configuration as a file that loads to the same."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """The configuration as a file that loads to the same, but for a password."""
+        shown = self.model_dump(mode="json")
+        if self.accounts is not None:
+            shown["accounts"] = without_password(self.accounts)
+        return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
 
 
 def gpu_present() -> bool:
@@ -277,7 +301,8 @@ def _explain(error: ValidationError, source_of: Mapping[str, str]) -> str:
             lines.append(f"{source}: there is no key {key!r}. Keys here: {', '.join(known)}.")
         else:
             value = problem["input"]
-            shown = "nan" if isinstance(value, float) and math.isnan(value) else repr(value)[:80]
+            nan = isinstance(value, float) and math.isnan(value)
+            shown = "nan" if nan else without_password(repr(value))[:80]
             lines.append(f"{source}: {key}: {problem['msg']}, but it is {shown}.")
     return "\n".join(lines)
 

@@ -6,6 +6,10 @@ counter goes first. The order itself is kept by vLLM's priority scheduling, whic
 per request, given on arrival. So a request is stamped with its user's counter, which is charged at
 once with what the request is expected to cost, and set right when it ends (as in start-time fair
 queueing, of which this is the batched form).
+
+Where a user has requests at several replicas, each has an order of its own, and what the others
+have served moves the user's counter here, too: start-time fair queueing over several servers (Wang
+and Merchant, "Proportional-Share Scheduling for Distributed Storage Systems", FAST 2007).
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ class Share:
     """The stamps of requests the engine has not begun, oldest first."""
     usual_answer: float = 128.0
     """Tokens of an answer, lately."""
+    elsewhere: float = 0.0
+    """What other replicas have served it since it was last stamped here, by weight."""
 
 
 @dataclass(slots=True, eq=False)
@@ -69,12 +75,24 @@ class FairShare:
         waiting = [other.weight for other in self._shares.values() if other.waiting]
         return max(1.0, sum(waiting) / share.weight)
 
-    def queue(self, share: Share, prompt_tokens: int, max_tokens: int, n: int) -> Position:
-        """Stamp a request, and charge `share` with what it is expected to cost."""
-        if not share.waiting:  # an idle user has saved nothing up
-            share.counter = max(share.counter, self._virtual_time())
+    def expect(self, share: Share, prompt_tokens: int, max_tokens: int, n: int) -> float:
+        """What a request is expected to cost, by the weight of `share`."""
         expected = n * min(max_tokens, share.usual_answer)
-        charged = (PROMPT_COST * prompt_tokens + ANSWER_COST * expected) / share.weight
+        return (PROMPT_COST * prompt_tokens + ANSWER_COST * expected) / share.weight
+
+    def queue(self, share: Share, charged: float) -> Position:
+        """Stamp a request, and charge `share` with what it is expected to cost."""
+        counter = share.counter + share.elsewhere
+        share.elsewhere = 0.0
+        if share.waiting:
+            share.counter = max(counter, share.waiting[-1])
+        else:
+            # An idle user has saved nothing up; and what it was served elsewhere, perhaps beside
+            # nobody, puts it behind those who wait here, and no further.
+            last = max(
+                [share.counter, *(o.waiting[-1] for o in self._shares.values() if o.waiting)]
+            )
+            share.counter = max(min(counter, last), self._virtual_time())
         position = Position(share, share.weight, share.counter, charged)
         share.waiting.append(position.stamp)
         share.counter += charged
@@ -88,17 +106,22 @@ class FairShare:
             position.share.waiting.remove(position.stamp)
             self._floor = max(self._floor, position.stamp)
 
-    def settle(self, position: Position, prompt_tokens: int, answer_tokens: int) -> None:
-        """The request of `position` is over: charge what ran of it instead."""
+    def settle(self, position: Position, prompt_tokens: int, answer_tokens: int) -> float:
+        """The request of `position` is over: charge what ran of it instead.
+
+        Returns what that changes.
+        """
         share = position.share
         if prompt_tokens:
             self.begin(position)
         elif not position.begun:
             share.waiting.remove(position.stamp)
         cost = PROMPT_COST * prompt_tokens + ANSWER_COST * answer_tokens
-        share.counter += cost / position.weight - position.charged
+        correction = cost / position.weight - position.charged
+        share.counter += correction
         # Not below what has been stamped: a user's own requests keep their order.
         share.counter = max([share.counter, *share.waiting])
+        return correction
 
     def _virtual_time(self) -> float:
         """The counter of the least active user of those who wait; with none, of the last."""

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+Counted = Literal["requests", "tokens"]
+"""Tokens are those of prompts and answers; a request claims all that it may take."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rate:
     """So much in so long a time."""
 
     name: str
     """The field of `UserLimits`, and the error's code."""
-    counted: Literal["requests", "tokens"]
-    """Tokens are those of prompts and answers; a request claims all that it may take."""
+    counted: Counted
     limit: int
     seconds: float
     header: str = ""
@@ -129,8 +132,12 @@ class UserLimits(BaseModel):
     def require_concurrent(self, answers: int, retry_after: Callable[[], float]) -> None:
         """Raise `RateLimited` if the user may not have `answers` in the making."""
         if self.concurrent_requests is not None and answers > self.concurrent_requests:
-            raise RateLimited(
-                f"You may have {self.concurrent_requests} answers in the making at a time.",
-                code="concurrent_requests",
-                retry_after=retry_after(),
-            )
+            raise self.too_many(retry_after())
+
+    def too_many(self, retry_after: float) -> RateLimited:
+        """What a user is told who has as many answers in the making as it may."""
+        return RateLimited(
+            f"You may have {self.concurrent_requests} answers in the making at a time.",
+            code="concurrent_requests",
+            retry_after=retry_after,
+        )

@@ -81,11 +81,13 @@ class BatchPermit(AdmissionPermit):
 
 
 @dataclass(slots=True)
-class _Account:
+class Account:
     """What the server knows of one user from its requests so far."""
 
     share: Share
     in_flight: int = 0
+    elsewhere: int = 0
+    """Places that the user held at other replicas, when they were last asked."""
     rates: RateLimiter = field(default_factory=RateLimiter)
     retry_after: RetryAfterEstimator = field(default_factory=RetryAfterEstimator)
 
@@ -109,11 +111,13 @@ class AdmissionController(Users):
         self._max_requests = max_requests
         self._max_queue_seconds = max_queue_seconds
         self._clock = clock
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: dict[str, Account] = {}
         self._fair_share = FairShare()
         self._retry_after = RetryAfterEstimator()
         self.in_flight = 0
         """Places taken."""
+        self.on_accounts: Callable[[bool, int], None] = lambda _reachable, _replicas: None
+        """Told whether others that share these accounts can be heard of, and how many there are."""
         self._watchers: list[Callable[[int], None]] = []
         self._batch = 1
         super().__init__(file, cache_secret)
@@ -137,12 +141,10 @@ class AdmissionController(Users):
         Raises `RateLimited` or `Unavailable`, with the seconds to wait, and `Unauthorized`.
         """
         now = self._clock()
-        user = self.user(name)
-        share = self._fair_share.share_of(name, user.weight)
-        account = self._accounts.setdefault(name, _Account(share))
-        account.rates.configure(user.rates, now)
+        user, account = self._account_of(name, now)
         account.rates.require("requests", 1, now)
-        self._require_places(1, user, account, now)
+        self._require_concurrent(account.in_flight + 1, user, account, now)
+        self._require_places(1, account, now)
         account.rates.take("requests", 1, now)
         permit = LocalPermit(self, name, user, account)
         permit.occupy(1)
@@ -160,6 +162,12 @@ class AdmissionController(Users):
         tell(self.in_flight)
         return lambda: self._watchers.remove(tell)
 
+    def start(self) -> None:
+        """Begin to share the accounts, where they are shared."""
+
+    async def close(self) -> None:
+        """End that."""
+
     async def may_serve(self) -> None:
         """Return when the server may take requests: at once, where it is one process."""
 
@@ -168,11 +176,25 @@ class AdmissionController(Users):
         account = self._accounts.get(name)
         return account.rates.headers(self._clock()) if account is not None else []
 
-    def _require_places(self, places: int, user: User, account: _Account, now: float) -> None:
+    def _account_of(self, name: str, now: float) -> tuple[User, Account]:
+        """User `name`, and what is known of it. Raises `Unauthorized`."""
+        user = self.user(name)
+        share = self._fair_share.share_of(name, user.weight)
+        account = self._accounts.get(name)
+        if account is None:
+            account = self._accounts[name] = self._new_account(share)
+        account.rates.configure(user.rates, now)
+        return user, account
+
+    def _new_account(self, share: Share) -> Account:
+        return Account(share)
+
+    def _require_concurrent(self, answers: int, user: User, account: Account, now: float) -> None:
+        """Raise `RateLimited` if the user may not have `answers` in the making."""
+        user.require_concurrent(answers, lambda: account.retry_after.wait(now, account.in_flight))
+
+    def _require_places(self, places: int, account: Account, now: float) -> None:
         """Raise `RateLimited` for what is this user's doing, `Unavailable` for all others'."""
-        user.require_concurrent(
-            account.in_flight + places, lambda: account.retry_after.wait(now, account.in_flight)
-        )
         free = self._max_requests - self.in_flight
         if free < (places if self.open else 1):
             raise Unavailable(
@@ -210,11 +232,11 @@ class AdmissionController(Users):
         for tell in self._watchers:
             tell(self.in_flight)
 
-    def _note_departure(self, user: User, account: _Account) -> None:
+    def _note_departure(self, user: User, account: Account) -> None:
         """A request of this user, which had its turn, is over."""
-        now = self._clock()
-        allowed = user.concurrent_requests
-        account.retry_after.note(now, full=allowed is not None and account.in_flight >= allowed)
+        now, allowed = self._clock(), user.concurrent_requests
+        full = allowed is not None and account.in_flight + account.elsewhere >= allowed
+        account.retry_after.note(now, full=full)
         self._retry_after.note(now, full=self.in_flight >= self._batch)
 
 
@@ -224,7 +246,7 @@ class LocalPermit(AdmissionPermit):
     __slots__ = ("_account", "_controller", "_places", "_position", "_reserved")
 
     def __init__(
-        self, controller: AdmissionController, name: str, user: User, account: _Account
+        self, controller: AdmissionController, name: str, user: User, account: Account
     ) -> None:
         super().__init__(controller, name, user, controller._max_requests)
         self._controller = controller
@@ -234,7 +256,7 @@ class LocalPermit(AdmissionPermit):
         self._position: Position | None = None
 
     def occupy(self, places: int) -> None:
-        """Take so many more of the server's places."""
+        """Take so many more of the server's places, or give them back."""
         self._places += places
         self._account.in_flight += places
         self._controller._occupy(places)
@@ -250,15 +272,20 @@ class LocalPermit(AdmissionPermit):
         try:
             account.rates.require("tokens", need, now)
             if n > 1:
-                controller._require_places(n - 1, self.user, account, now)
+                controller._require_concurrent(account.in_flight + n - 1, self.user, account, now)
+                controller._require_places(n - 1, account, now)
         except (RateLimited, Unavailable):
             account.rates.take("requests", -1, now)
             raise
         self.occupy(n - 1)
         self._reserved = need
         account.rates.take("tokens", need, now)
-        self._position = controller._fair_share.queue(account.share, prompt_tokens, max_tokens, n)
-        return math.floor(self._position.stamp)
+        charged = controller._fair_share.expect(account.share, prompt_tokens, max_tokens, n)
+        self._position = controller._fair_share.queue(account.share, charged)
+        return self._priority()
+
+    def _priority(self) -> int:
+        return math.floor(self._position.stamp) if self._position is not None else _LAST
 
     def began(self) -> None:
         if self._position is not None:
@@ -266,13 +293,20 @@ class LocalPermit(AdmissionPermit):
 
     def leave(self, prompt_tokens: int, answer_tokens: int, finished: int) -> None:
         controller, account = self._controller, self._account
+        unused, correction = 0, 0.0
         if self._position is not None:
-            controller._fair_share.settle(self._position, prompt_tokens, answer_tokens)
+            correction = controller._fair_share.settle(self._position, prompt_tokens, answer_tokens)
             unused = self._reserved - prompt_tokens - answer_tokens
-            account.rates.take("tokens", -unused, controller._clock())
             controller._note_departure(self.user, account)
         if finished:
             share = account.share
             share.usual_answer += 0.1 * (answer_tokens / finished - share.usual_answer)
-        account.in_flight -= self._places
-        controller._occupy(-self._places)
+        self._give_back(unused, correction)
+        self.occupy(-self._places)
+
+    def _give_back(self, unused: int, correction: float) -> None:
+        """The request is over: so many claimed tokens were not used, and so much more was served
+        than the user was charged for its turn.
+        """
+        controller = self._controller
+        self._account.rates.take("tokens", -unused, controller._clock())

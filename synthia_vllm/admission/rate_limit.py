@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final
 
 from synthia_vllm.errors import RateLimited
 
 if TYPE_CHECKING:
-    from synthia_vllm.admission.limits import Rate
+    from synthia_vllm.admission.limits import Counted, Rate
 
 _LONGEST_PROMISE: Final = 60.0  # seconds; the pace is a guess
 
@@ -20,7 +20,7 @@ class Bucket:
 
     __slots__ = ("_at", "_level", "_seconds", "limit")
 
-    def __init__(self, limit: int, now: float, seconds: float = 60.0) -> None:
+    def __init__(self, limit: float, now: float, seconds: float = 60.0) -> None:
         self.limit = limit
         self._seconds = seconds
         self._level = float(limit)
@@ -32,6 +32,11 @@ class Bucket:
         self._level = min(self.limit, self._level + refill)
         self._at = now
         return self._level
+
+    def set(self, level: float, now: float) -> None:
+        """So much is left."""
+        self._level = min(self.limit, level)
+        self._at = now
 
     def wait(self, need: float, now: float) -> float:
         """Seconds until `need` is there; a need beyond the limit waits for a full bucket."""
@@ -46,39 +51,48 @@ class Bucket:
 class RateLimiter:
     """The buckets of one user, one for each of its rates."""
 
-    __slots__ = ("_buckets", "_rates")
+    __slots__ = ("buckets", "rates")
 
     def __init__(self) -> None:
-        self._rates: tuple[Rate, ...] = ()
-        self._buckets: dict[Rate, Bucket] = {}
+        self.rates: tuple[Rate, ...] = ()
+        self.buckets: dict[Rate, Bucket] = {}
 
     def configure(self, rates: tuple[Rate, ...], now: float) -> None:
         """Hold to `rates` from now on; the bucket of one that stays is left as it is."""
-        if rates is not self._rates:
-            self._rates = rates
-            self._buckets = {
-                rate: self._buckets.get(rate) or Bucket(rate.limit, now, rate.seconds)
+        if rates is not self.rates:
+            self.rates = rates
+            self.buckets = {
+                rate: self.buckets.get(rate) or Bucket(rate.limit, now, rate.seconds)
                 for rate in rates
             }
 
-    def require(self, counted: Literal["requests", "tokens"], need: int, now: float) -> None:
+    def part(self, parts: int, now: float) -> RateLimiter:
+        """One of so many equal parts of all this, as it is now."""
+        part = RateLimiter()
+        part.rates = self.rates
+        for rate, bucket in self.buckets.items():
+            part.buckets[rate] = Bucket(rate.limit / parts, now, rate.seconds)
+            part.buckets[rate].set(bucket.level(now) / parts, now)
+        return part
+
+    def require(self, counted: Counted, need: int, now: float) -> None:
         """Raise `RateLimited`, with the seconds to wait, unless `need` can be had of each."""
-        for rate, bucket in self._buckets.items():
+        for rate, bucket in self.buckets.items():
             if rate.counted == counted:
                 wait = bucket.wait(need, now)
                 if wait:
                     raise RateLimited(rate.refusal(need), code=rate.name, retry_after=wait)
 
-    def take(self, counted: Literal["requests", "tokens"], amount: float, now: float) -> None:
+    def take(self, counted: Counted, amount: float, now: float) -> None:
         """Use up `amount`; a negative amount gives back."""
-        for rate, bucket in self._buckets.items():
+        for rate, bucket in self.buckets.items():
             if rate.counted == counted:
                 bucket.take(amount, now)
 
     def headers(self, now: float) -> list[tuple[bytes, bytes]]:
         """What is left, in OpenAI's header names, which are for limits per minute."""
         found: list[tuple[bytes, bytes]] = []
-        for rate, bucket in self._buckets.items():
+        for rate, bucket in self.buckets.items():
             if rate.header:
                 for what, value in (
                     ("limit", f"{rate.limit}"),

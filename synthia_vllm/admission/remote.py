@@ -2,11 +2,10 @@
 
 One process keeps the accounts (`AdmissionController`), with an `AdmissionServer` for each API
 process, which has an `AdmissionClient`. A message is a line of JSON, a list. An API process sends
-these; ``number`` is its own for the request, the first two are answered, in the order they were
-asked:
+these; ``number`` is its own for the request, the first two are answered, with that number:
 
-    ["enter", number, user]                     "said", null | "refused"
-    ["claim", number, prompt, max_tokens, n]    "said", priority | "refused"
+    ["enter", number, user]                     "said", number, null | "refused"
+    ["claim", number, prompt, max_tokens, n]    "said", number, priority | "refused"
     ["began", number]
     ["leave", number, prompt, answer, finished]
     ["batch", size]                             the engine is ready, and runs so many at a time
@@ -15,8 +14,9 @@ asked:
     ["watch"]                                   it wants to know how many places are taken
 
 It is told of these by ``["load", places]``, and, unasked, to ``["serve"]``, now that all others
-can, to ``["reload"]`` the key file, and to ``["abort", ids]`` in the engine what a process that
-died has left there. A process that is gone gives back all it had.
+can, to ``["reload"]`` the key file, to ``["accounts", reachable, replicas]`` where other servers
+have the same, and to ``["abort", ids]`` in the engine what a process that died has left there. A
+process that is gone gives back all it had.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 from abc import ABC, abstractmethod
-from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import from_json, to_json
@@ -34,10 +33,8 @@ from synthia_vllm.admission.users import User, Users
 from synthia_vllm.errors import ApiError, RateLimited, StartupError, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Coroutine
     from pathlib import Path
-
-    from synthia_vllm.admission.permits import LocalPermit
 
 _REFUSALS: Final[dict[str, Callable[[str, Any], ApiError]]] = {
     "RateLimited": lambda message, more: RateLimited(message, **more),
@@ -99,22 +96,25 @@ class AdmissionServer(_Line):
         self._admission = admission
         self._on_batch = on_batch
         self._on_gone = on_gone
-        self._permits: dict[int, LocalPermit] = {}
+        self._permits: dict[int, AdmissionPermit | None] = {}
+        """None for a request that is not let in yet."""
+        self._deciding: set[asyncio.Task[None]] = set()
         self._unwatch: Callable[[], None] = lambda: None
         self._runs: dict[str, None] = {}
 
     def take(self, message: list[Any]) -> None:
         match message:
             case ["enter", number, name]:
-                self._answer(name, lambda: self._enter(number, name))
+                self._permits[number] = None
+                self._answer(number, name, self._enter(number, name))
             case ["claim", number, *numbers]:
-                permit = self._permits[number]
-                self._answer(permit.name, lambda: permit.reserve(*numbers))
+                permit = self._permit(number)
+                self._answer(number, permit.name, permit._claim(*numbers))
             case ["began", number]:
-                self._permits[number].began()
+                self._permit(number).began()
             case ["leave", number, *counts]:
                 gone = self._permits.pop(number, None)
-                if gone is not None:  # refused, and left before it could know
+                if gone is not None:
                     gone.leave(*counts)
             case ["runs", ids]:
                 self._runs.update(dict.fromkeys(ids))
@@ -133,21 +133,41 @@ class AdmissionServer(_Line):
         super().connection_lost(exc)
         self._unwatch()
         for permit in self._permits.values():
-            permit.leave(0, 0, 0)
+            if permit is not None:
+                permit.leave(0, 0, 0)
         self._permits.clear()
         self._on_gone(list(self._runs))
 
-    def _enter(self, number: int, name: str) -> None:
-        self._permits[number] = self._admission.enter(name)
-
-    def _answer(self, name: str, decide: Callable[[], int | None]) -> None:
+    async def _enter(self, number: int, name: str) -> None:
         try:
-            said: list[Any] = ["said", decide()]
-        except ApiError as error:
-            more = {"code": error.code, "retry_after": error.retry_after}
-            said = ["refused", type(error).__name__, error.message, more]
-        headers = [(str(k, "ascii"), str(v, "ascii")) for k, v in self._admission.headers(name)]
-        self.tell(*said, headers)
+            permit = await self._admission.admit(name)
+        except ApiError:
+            self._permits.pop(number, None)
+            raise
+        if number in self._permits:
+            self._permits[number] = permit
+        else:  # it has left meanwhile
+            permit.leave(0, 0, 0)
+
+    def _permit(self, number: int) -> AdmissionPermit:
+        permit = self._permits[number]
+        if permit is None:
+            raise ValueError(number)
+        return permit
+
+    def _answer(self, number: int, name: str, deciding: Coroutine[Any, Any, int | None]) -> None:
+        async def answer() -> None:
+            try:
+                said: list[Any] = ["said", number, await deciding]
+            except ApiError as error:
+                more = {"code": error.code, "retry_after": error.retry_after}
+                said = ["refused", number, type(error).__name__, error.message, more]
+            headers = self._admission.headers(name)
+            self.tell(*said, [(str(k, "ascii"), str(v, "ascii")) for k, v in headers])
+
+        task = asyncio.create_task(answer())
+        self._deciding.add(task)
+        task.add_done_callback(self._deciding.discard)
 
 
 class AdmissionClient(Users, _Line):
@@ -166,9 +186,11 @@ class AdmissionClient(Users, _Line):
         self._abort: asyncio.Future[None] | None = None
         self._may_serve = asyncio.Event()
         self._numbers = itertools.count()
-        self._asked: deque[tuple[str, asyncio.Future[Any]]] = deque()
+        self._asked: dict[int, tuple[str, asyncio.Future[Any]]] = {}
         self._headers: dict[str, list[tuple[bytes, bytes]]] = {}
         self._on_load: Callable[[int], None] = lambda _places: None
+        self.on_accounts: Callable[[bool, int], None] = lambda _reachable, _replicas: None
+        """As `AdmissionController.on_accounts`."""
 
     def reload(self, *, only_if_changed: bool = False) -> bool:
         """Read the key file, but only when told: who keeps the accounts looks at it for all."""
@@ -178,11 +200,17 @@ class AdmissionClient(Users, _Line):
         """As `AdmissionController.admit`."""
         permit = RemotePermit(self, next(self._numbers), name, self.user(name), self._max_requests)
         try:
-            await self.ask(name, "enter", permit.number, name)
+            await self.ask(permit, "enter", name)
         except asyncio.CancelledError:
             permit.leave(0, 0, 0)
             raise
         return permit
+
+    def start(self) -> None:
+        """As `AdmissionController.start`: who keeps the accounts does it."""
+
+    async def close(self) -> None:
+        """As `AdmissionController.close`."""
 
     def set_batch(self, size: int) -> None:
         """As `AdmissionController.set_batch`; it also says that this process can serve."""
@@ -202,21 +230,23 @@ class AdmissionClient(Users, _Line):
         """As `AdmissionController.headers`, as it was told last."""
         return self._headers.get(name, [])
 
-    async def ask(self, name: str, *message: object) -> Any:
-        """Send `message`, on behalf of user `name`, and return the answer, or raise it."""
+    async def ask(self, permit: RemotePermit, message: str, *more: object) -> Any:
+        """Send `message` on behalf of `permit`, and return the answer, or raise it."""
         if self._transport is None:
             raise Unavailable("The server is shutting down.", code="draining")
         answer = asyncio.get_running_loop().create_future()
-        self._asked.append((name, answer))
-        self.tell(*message)
+        self._asked[permit.number] = permit.name, answer
+        self.tell(message, permit.number, *more)
         return await answer
 
     def take(self, message: list[Any]) -> None:
         match message:
-            case ["said", value, headers]:
-                self._settle(headers, value, None)
-            case ["refused", kind, text, more, headers]:
-                self._settle(headers, None, _REFUSALS[kind](text, more))
+            case ["said", number, value, headers]:
+                self._settle(number, headers, value, None)
+            case ["refused", number, kind, text, more, headers]:
+                self._settle(number, headers, None, _REFUSALS[kind](text, more))
+            case ["accounts", reachable, replicas]:
+                self.on_accounts(reachable, replicas)
             case ["load", places]:
                 self._on_load(places)
             case ["serve"]:
@@ -234,11 +264,12 @@ class AdmissionClient(Users, _Line):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        while self._asked:
-            self._settle([], None, Unavailable("The server is shutting down.", code="draining"))
+        for number in list(self._asked):
+            closing = Unavailable("The server is shutting down.", code="draining")
+            self._settle(number, [], None, closing)
 
-    def _settle(self, headers: list[Any], value: Any, error: ApiError | None) -> None:
-        name, answer = self._asked.popleft()
+    def _settle(self, number: int, headers: list[Any], value: Any, error: ApiError | None) -> None:
+        name, answer = self._asked.pop(number)
         self._headers[name] = [(key.encode(), text.encode()) for key, text in headers]
         if answer.done():  # the client has left meanwhile
             return
@@ -261,9 +292,7 @@ class RemotePermit(AdmissionPermit):
         self.number = number
 
     async def _claim(self, prompt_tokens: int, max_tokens: int, n: int) -> int:
-        priority: int = await self._client.ask(
-            self.name, "claim", self.number, prompt_tokens, max_tokens, n
-        )
+        priority: int = await self._client.ask(self, "claim", prompt_tokens, max_tokens, n)
         return priority
 
     def began(self) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from synthia_vllm.admission.permits import AdmissionController
 from synthia_vllm.admission.users import new_cache_secret
-from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable
+from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable, without_password
 from synthia_vllm.http.sse import WriteBatcher
 from synthia_vllm.telemetry.tracing import Tracer
 from synthia_vllm.telemetry.transcript import Transcripts
@@ -53,6 +53,27 @@ class Endable(Protocol):
         """End it with `error`."""
 
 
+def own_admission(settings: Settings, cache_secret: bytes | None = None) -> AdmissionController:
+    """The accounts of all users, as `settings` have them. Raises `StartupError`."""
+    limits = settings.limits
+    if settings.accounts is None:
+        return AdmissionController(
+            settings.keys_file,
+            max_requests=limits.max_requests,
+            max_queue_seconds=limits.max_queue_seconds,
+            cache_secret=cache_secret,
+        )
+    from synthia_vllm.admission.fleet import FleetController
+
+    return FleetController(
+        settings.keys_file,
+        settings.accounts,
+        max_requests=limits.max_requests,
+        max_queue_seconds=limits.max_queue_seconds,
+        cache_secret=cache_secret,
+    )
+
+
 class ServerState:
     """One engine, its settings, users and metrics, and the phase it is in.
 
@@ -75,12 +96,11 @@ class ServerState:
         self.failure: StartupError | EngineDead | None = None
         self.created = int(time.time())
         self.tracer = Tracer() if settings.traces else None
-        self.admission = admission or AdmissionController(
-            settings.keys_file,
-            max_requests=settings.limits.max_requests,
-            max_queue_seconds=settings.limits.max_queue_seconds,
-            cache_secret=new_cache_secret() if settings.cache_per_user else None,
+        self.admission = admission or own_admission(
+            settings, new_cache_secret() if settings.cache_per_user else None
         )
+        if settings.accounts is not None:
+            self.admission.on_accounts = metrics.accounts_at(without_password(settings.accounts))
         self.writes = WriteBatcher()
         self._open: set[Endable] = set()
         self._transcripts: Transcripts | None = None
@@ -200,6 +220,7 @@ class ServerState:
         """Start the engine, then watch it until this task is cancelled."""
         thresholds = gc.get_threshold()
         try:
+            self.admission.start()
             await self.engine.start(progress)
             self.admission.set_batch(self.engine.model_info.max_num_seqs)
             await self.admission.may_serve()
@@ -229,7 +250,8 @@ class ServerState:
             gc.set_threshold(*thresholds)
             gc.unfreeze()  # the interpreter tidies up at exit what it can find
 
-    def close(self) -> None:
-        """Write what is still to be written."""
+    async def close(self) -> None:
+        """Give back what is held, and write what is still to be written."""
+        await self.admission.close()
         if self._transcripts is not None:
             self._transcripts.close()

@@ -71,7 +71,7 @@ def create_app(
             with suppress(asyncio.CancelledError):
                 await life
             await engine.close()
-            state.close()
+            await state.close()
 
     app = Application(
         state,

@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from synthia_vllm.admission.permits import AdmissionController
 from synthia_vllm.admission.remote import AdmissionClient, AdmissionServer
 from synthia_vllm.admission.users import new_cache_secret
 from synthia_vllm.engine.vllm import watchdog
 from synthia_vllm.engine.vllm.client import VllmEngine
 from synthia_vllm.engine.vllm.launch import EngineClientConfig, EngineCores, api_process
 from synthia_vllm.errors import EngineDead, StartupError
+from synthia_vllm.http.state import own_admission
 from synthia_vllm.serve.server import Server, listen
 from synthia_vllm.telemetry import logs, metrics
 
@@ -79,11 +79,10 @@ class Supervisor:
         self._settings = settings
         self._model = model
         self._progress = progress
-        self.admission = AdmissionController(
-            settings.keys_file,
-            max_requests=settings.limits.max_requests,
-            max_queue_seconds=settings.limits.max_queue_seconds,
-        )
+        self.admission = own_admission(settings)
+        self.admission.on_accounts = self._note_accounts
+        self._accounts: tuple[bool, int] | None = None
+        """Whether the accounts can be asked, and the replicas, where there are others."""
         self._cache_secret = new_cache_secret() if settings.cache_per_user else None
         self._phase: Literal["starting", "serving", "stopping"] = "starting"
         self._cores = EngineCores(model, settings.engine, settings.base_name)
@@ -111,6 +110,7 @@ class Supervisor:
             loop.add_signal_handler(number, self._stop)
         loop.add_signal_handler(signal.SIGHUP, self._want_keys)
         clients = self._settings.api_workers + _SPARE_CLIENTS
+        self.admission.start()
         try:
             self._clients = await loop.run_in_executor(
                 self._thread, self._cores.launch, clients, self._progress
@@ -135,6 +135,7 @@ class Supervisor:
                 worker.process.kill()
             await loop.run_in_executor(self._thread, self._cores.close)
             self._thread.shutdown()
+            await self.admission.close()
         if self._phase == "stopping":
             return 0
         logs.tell_end("No API process is left.")
@@ -180,6 +181,8 @@ class Supervisor:
 
         def ready(batch: int) -> None:
             worker.serves = True
+            if self._accounts is not None:
+                admission.tell("accounts", *self._accounts)
             self.admission.set_batch(batch)
             if self._phase == "serving":
                 admission.tell("serve")
@@ -201,6 +204,11 @@ class Supervisor:
         worker = _Worker(process, admission)
         self._workers.append(worker)
         await asyncio.get_running_loop().create_connection(lambda: admission, sock=here)
+
+    def _note_accounts(self, reachable: bool, replicas: int) -> None:
+        self._accounts = reachable, replicas
+        for worker in self._workers:
+            worker.admission.tell("accounts", reachable, replicas)
 
     def _note_ready(self) -> None:
         if self._phase == "starting" and all(worker.serves for worker in self._workers):

@@ -23,7 +23,7 @@ from prometheus_client import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's name for it
 
@@ -179,6 +179,20 @@ class Metrics:
         self.key_reload_failures = counter(
             "key_reload_failures", "Times the key file changed and could not be used"
         )
+        self._accounts_reachable = LazyGauge(
+            "synthia_accounts_reachable",
+            "Whether limits hold over all replicas now: 1, or 0 for a part of them here",
+            ["at"],
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self._accounts_replicas = LazyGauge(
+            "synthia_accounts_replicas",
+            "Live replicas that share the accounts, when last heard of",
+            ["at"],
+            registry=registry,
+            multiprocess_mode="livemax",
+        )
         self.batch_lines = counter(
             "batch_lines", "Lines of batches that were answered, or failed", "result"
         )
@@ -196,6 +210,17 @@ class Metrics:
             "transcript_failures", "Lines lost to transcripts: disk full, unwritable, too slow"
         )
         self.of = cache(self._of)
+
+    def accounts_at(self, address: str) -> Callable[[bool, int], None]:
+        """What takes note of the accounts that are kept there."""
+        reachable = self._accounts_reachable.labels(address)
+        count = self._accounts_replicas.labels(address)
+
+        def note(reached: bool, replicas: int) -> None:
+            reachable.set(reached)
+            count.set(replicas)
+
+        return note
 
     def exposition(self) -> bytes:
         """All series in Prometheus' text format; of all processes, where they share them."""
