@@ -103,6 +103,7 @@ class FleetController(AdmissionController):
         )
         self._replicas = 1
         self._hold_until = math.inf
+        self._closed_at = -math.inf
         self._reachable: bool | None = None
         self._life: asyncio.Task[None] | None = None
 
@@ -280,8 +281,12 @@ class FleetController(AdmissionController):
         user, account = asked.permit.user, asked.permit.account
         part.require(asked.counted, asked.need, now)
         most = user.concurrent_requests
-        if asked.places and most is not None and account.in_flight > max(1, most // self._replicas):
-            raise user.too_many(account.retry_after.wait(now, account.in_flight))
+        if asked.places and most is not None:
+            here = max(1, most // self._replicas)
+            if now - self._closed_at < _HOLD_SECONDS:  # what others held a moment ago, they hold
+                here = min(here, most - account.elsewhere)
+            if account.in_flight > here:
+                raise user.too_many(account.retry_after.wait(now, account.in_flight))
         part.take(asked.counted, asked.need, now)
         asked.part = part
 
@@ -337,6 +342,7 @@ class FleetController(AdmissionController):
             for account in self._accounts.values():
                 if self._part_of(account, now) is not None:
                     self._level_with_part(account, now)
+            self._closed_at = now
         self._hold_until = math.inf
         if reason and self._reachable is not False:
             logger.warning(

@@ -28,12 +28,15 @@ if me ~= before then
   redis.call('ZREM', KEYS[1], before)
 end
 redis.call('ZADD', KEYS[1], string.format('%.17g', now + lease), me)
-redis.call('HSETNX', KEYS[2], 'name', me)
+if redis.call('HSETNX', KEYS[2], 'name', me) == 1 then
+  redis.call('HSET', KEYS[2], 'since', string.format('%.17g', now))
+end
 redis.call('HSET', KEYS[2], 'seen', string.format('%.17g', now))
 redis.call('EXPIRE', KEYS[1], 86400)
 redis.call('EXPIRE', KEYS[2], 86400)
 local fleet = redis.call('HGET', KEYS[2], 'name')
 local anew = known ~= '' and known ~= fleet
+local just = anew and now - redis.call('HGET', KEYS[2], 'since') < 10
 
 local a = 5
 for k = 3, #KEYS do
@@ -51,12 +54,15 @@ for k = 3, #KEYS do
     local rate, limit, seconds = ARGV[a], tonumber(ARGV[a + 1]), tonumber(ARGV[a + 2])
     local told, used = tonumber(ARGV[a + 3]), tonumber(ARGV[a + 4])
     a = a + 5
-    local kept, level = redis.call('HMGET', KEYS[k], rate, rate .. '@'), limit
+    local kept, level = redis.call('HMGET', KEYS[k], rate, rate .. '@', rate .. '-'), limit
     if kept[1] then
       level = math.min(limit, kept[1] + math.max(0, now - kept[2]) * limit / seconds)
     end
     if anew then
-      level = math.min(level, told)  -- of those who remember, the lowest knew it last
+      -- Of those who remember, the lowest knew it last. What each of them used comes on top.
+      local others = just and tonumber(kept[3]) or 0
+      level = math.min(level + others, told) - others
+      redis.call('HSET', KEYS[k], rate .. '-', string.format('%.17g', others + used))
     end
     level = math.min(limit, level - used)
     redis.call('HSET', KEYS[k], rate, string.format('%.17g', level), rate .. '@', string.format('%.17g', now))

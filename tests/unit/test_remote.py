@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import socket
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-import yaml
+from loops import in_loop, until, users_file
 
 from synthia_vllm.admission.permits import AdmissionController
 from synthia_vllm.admission.remote import AdmissionClient, AdmissionServer
-from synthia_vllm.admission.users import ANONYMOUS, new_key
+from synthia_vllm.admission.users import ANONYMOUS
 from synthia_vllm.errors import RateLimited, Unauthorized, Unavailable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
+    from collections.abc import AsyncIterator
     from pathlib import Path
-
-
-def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run `test` in an event loop of its own."""
-
-    @functools.wraps(test)
-    def run(**fixtures: Any) -> None:
-        asyncio.run(test(**fixtures))
-
-    return run
 
 
 @dataclass
@@ -64,23 +53,10 @@ class Accounts:
             await until(lambda: bool(self.gone))
 
 
-async def until(holds: Any) -> None:
-    """Let the event loop go round until `holds()`."""
-    async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110
-            await asyncio.sleep(0.001)
-
-
-def key_file(path: Path, **users: dict[str, object]) -> Path:
-    document = {name: {"keys": [new_key()[1]], **limits} for name, limits in users.items()}
-    path.write_text(yaml.safe_dump({"users": document}))
-    return path
-
-
 @in_loop
 async def test_limits_hold_over_all(tmp_path: Path) -> None:
     """Two processes: what one user has taken in one is gone in the other."""
-    accounts = Accounts(key_file(tmp_path / "keys", alice={"requests_per_minute": 3}, bob={}))
+    accounts = Accounts(users_file(tmp_path / "keys", alice={"requests_per_minute": 3}, bob={}))
     async with accounts.line() as (one, _), accounts.line() as (two, _):
         for process in (one, two, one):
             assert (await process.admit("alice")).user.requests_per_minute == 3
@@ -111,7 +87,7 @@ async def test_places_are_counted_over_all() -> None:
 @in_loop
 async def test_turns_are_those_of_one_process(tmp_path: Path) -> None:
     """Priorities, and the counters behind them, are what one controller by itself decides."""
-    file = key_file(tmp_path / "keys", alice={"weight": 2.0}, bob={})
+    file = users_file(tmp_path / "keys", alice={"weight": 2.0}, bob={})
     accounts, alone = (
         Accounts(file),
         AdmissionController(file, max_requests=100, max_queue_seconds=1e9),
@@ -132,7 +108,7 @@ async def test_turns_are_those_of_one_process(tmp_path: Path) -> None:
 @in_loop
 async def test_who_is_gone_gives_all_back(tmp_path: Path) -> None:
     """A process that dies: places, tokens, turns; and its runs are named."""
-    accounts = Accounts(key_file(tmp_path / "keys", alice={"tokens_per_minute": 1000}))
+    accounts = Accounts(users_file(tmp_path / "keys", alice={"tokens_per_minute": 1000}))
     async with accounts.line() as (two, _):
         async with accounts.line() as (one, _):
             waiting, running = await one.admit("alice"), await one.admit("alice")
@@ -170,7 +146,7 @@ async def test_a_client_that_leaves_while_it_is_decided() -> None:
 @in_loop
 async def test_news(tmp_path: Path) -> None:
     """The batch is told up; keys and what to abort are told down."""
-    file = key_file(tmp_path / "keys", alice={})
+    file = users_file(tmp_path / "keys", alice={})
     accounts, aborted = Accounts(file), []
 
     async def abort(ids: list[str]) -> None:
@@ -181,7 +157,7 @@ async def test_news(tmp_path: Path) -> None:
         one.set_batch(64)
         await until(lambda: accounts.batches == [64])
         place = await one.admit("alice")
-        key_file(file, bob={})
+        users_file(file, bob={})
         assert not one.reload(only_if_changed=True)
         accounts.admission.reload()
         with pytest.raises(Unauthorized):  # its keys are still known here
