@@ -77,6 +77,15 @@ def _digest(script: Script) -> str:
     return hashlib.sha1(source(script).encode(), usedforsecurity=False).hexdigest()
 
 
+def _pack(words: tuple[Word, ...]) -> bytes:
+    """A command as it is sent. The library's own way is a third of what a request costs."""
+    parts = [b"*%d\r\n" % len(words)]
+    for word in words:
+        encoded = str(word).encode()
+        parts.append(b"$%d\r\n%b\r\n" % (len(encoded), encoded))
+    return b"".join(parts)
+
+
 def evaluation(script: Script, keys: list[str], arguments: list[Word]) -> tuple[Word, ...]:
     """The command that runs `script`."""
     return ("EVALSHA", _digest(script), len(keys), *keys, *arguments)
@@ -210,7 +219,7 @@ class Line:
 
             timer = loop.call_later(max(0.0, deadline - time.monotonic()), overdue)
             try:
-                packed = connection.pack_commands([command.words for command in commands])
+                packed = b"".join([_pack(command.words) for command in commands])
                 await connection.send_packed_command(packed, check_health=False)
                 for number, command in enumerate(commands):
                     said = await self._read(connection)
@@ -224,8 +233,7 @@ class Line:
         return evaluation("sync", [REPLICAS, FLEET, *keys], head + arguments)
 
     async def _ask(self, connection: Connection, words: tuple[Word, ...]) -> str:
-        packed = connection.pack_command(*words)
-        await connection.send_packed_command(packed, check_health=False)
+        await connection.send_packed_command(_pack(words), check_health=False)
         return await self._read(connection)
 
     async def _read(self, connection: Connection) -> str:
