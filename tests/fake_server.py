@@ -1,12 +1,14 @@
 """A server over a scripted engine, as a process of its own, for tests that kill it.
 
-python tests/fake_server.py PORT DIRECTORY DELAY
+python tests/fake_server.py PORT DIRECTORY DELAY [SETTINGS]     (the last as JSON)
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -17,8 +19,10 @@ from synthia_vllm.settings import Batches, Settings
 from synthia_vllm.telemetry.metrics import Metrics
 
 if __name__ == "__main__":
-    port, directory, delay = sys.argv[1:]
-    settings = Settings(model="demo", port=int(port), batches=Batches(directory=Path(directory)))
+    port, directory, delay, *more = sys.argv[1:]
+    changes: dict[str, Any] = json.loads(more[0]) if more else {}
+    batches = Batches(directory=Path(directory))
+    settings = Settings(model="demo", port=int(port), batches=batches, **changes)
     engine = FakeEngine(delay=float(delay))
     app = create_app(engine, settings, Metrics(CollectorRegistry()))
     Server(app, settings).run()

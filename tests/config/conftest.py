@@ -11,6 +11,7 @@ import httpx
 import pytest
 from lib.monitored import FLAGS, USERS, Scrape, offer, prometheus
 from processes import COMMAND, command
+from valkey_server import valkey_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,10 @@ def scrape(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scr
     keys = {name: _new_key(name, limits, place / "keys.yaml") for name, limits in USERS.items()}
     flags = [*FLAGS, "--set", f"keys_file={place / 'keys.yaml'}"]
     flags += ["--set", f"transcripts.directory={place / 'transcripts'}"]
-    with command(demo, place / "log", *flags) as (process, url):
+    with (
+        valkey_server() as valkey,
+        command(demo, place / "log", *flags, "--set", f"accounts={valkey.url}") as (process, url),
+    ):
         with prometheus(url, place, pods=(POD,)) as source:
             begin = time.time()
             statuses = asyncio.run(offer(url, keys, 25))

@@ -20,6 +20,7 @@ from manifests import NAMESPACE, render
 from processes import LONG, command
 from prometheus_client import CollectorRegistry
 from promql import Selector, selectors
+from valkey_server import valkey_server
 
 from synthia_vllm.engine.fake import FakeEngine
 from synthia_vllm.serve.app import create_app
@@ -277,7 +278,12 @@ def test_the_numbers_are_the_loads(scrape: Scrape) -> None:
 
 def test_several_api_processes_have_the_same_series(demo: Path, tmp_path: Path) -> None:
     """Their merged exposition has all that rules and dashboard need, each value once."""
-    with command(demo, tmp_path / "log", "--api-workers", "2") as (process, url):
+    with (
+        valkey_server() as valkey,
+        command(
+            demo, tmp_path / "log", "--api-workers", "2", "--set", f"accounts={valkey.url}"
+        ) as (process, url),
+    ):
         for _ in range(8):
             answer = httpx.post(f"{url}/v1/chat/completions", json=LONG | {"max_tokens": 5})
             assert answer.status_code == 200

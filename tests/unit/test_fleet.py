@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from synthia_vllm.admission.permits import AdmissionPermit
 
 
+# What docs/threat-model.md says a server needs.
+RIGHTS = "~{synthia}:* +@read +@write +@scripting +@connection +time -@dangerous"
+
+
 @pytest.fixture(scope="module")
 def running_valkey() -> Iterator[Server]:
     with valkey_server() as server:
@@ -561,7 +565,7 @@ async def test_a_password_and_a_cluster(tmp_path: Path, caplog: pytest.LogCaptur
     with valkey_server(*options) as server:
         server.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
         await until(lambda: "cluster_state:ok" in str(server.ask("CLUSTER", "INFO")))
-        server.ask("ACL", "SETUSER", "synthia", "on", ">open:sesame", "~*", "+@all")
+        server.ask("ACL", "SETUSER", "synthia", "on", ">open:sesame", *RIGHTS.split())
         place = f"127.0.0.1:{server.port}/0"
         wrong = FleetController(file, f"valkey://synthia:sesame@{place}", **bounds)
         right = FleetController(file, f"valkey://synthia:open%3Asesame@{place}", **bounds)

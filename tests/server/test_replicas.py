@@ -1,0 +1,186 @@
+"""Three servers with one Valkey, as processes that are killed: limits hold over all of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+from chat_api import BODY, key_file
+from processes import status
+from serving import free_port, wait_until
+from valkey_server import Server, valkey_server
+
+from synthia_vllm.admission.fleet import _HOLD_SECONDS
+from synthia_vllm.admission.line import LEASE, REPLICAS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+FAKE_SERVER = Path(__file__).parent.parent / "fake_server.py"
+MOST = 6
+A_MINUTE = 120
+
+
+class Replica:
+    """A server of its own process, over an engine that takes 0.2 s for an answer."""
+
+    def __init__(self, place: Path, valkey: Server) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        place.mkdir()
+        settings = {"keys_file": str(place.parent / "keys.yaml"), "accounts": valkey.url}
+        self._log = (place / "log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, str(FAKE_SERVER), str(self.port), str(place), "0.05",
+             json.dumps(settings)],
+            stderr=self._log,
+        )  # fmt: skip
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._log.close()
+
+    def gauge(self, name: str) -> float:
+        """Its series of this name, which has one sample."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        [value] = [line.split()[-1] for line in lines if line.startswith(name + "{")]
+        return float(value)
+
+
+class Flood:
+    """Clients of one user at every replica, who ask again at once; what came of it."""
+
+    def __init__(self, replicas: list[Replica], headers: dict[str, str], clients: int) -> None:
+        self.statuses: dict[str, list[int]] = {replica.url: [] for replica in replicas}
+        self.running: list[tuple[float, float]] = []
+        """From when to when answers were surely in the making."""
+        self._over = threading.Event()
+        self._headers = headers
+        self._threads = [
+            threading.Thread(target=self._ask, args=(replica.url,))
+            for replica in replicas
+            for _ in range(clients)
+        ]
+
+    def __enter__(self) -> Flood:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, url: str) -> None:
+        with httpx.Client(base_url=url, headers=self._headers, timeout=30) as client:
+            while not self._over.is_set():
+                try:
+                    with client.stream(
+                        "POST", "/v1/chat/completions", json=BODY | {"stream": True}
+                    ) as response:
+                        begun, last = time.monotonic(), 0.0
+                        try:
+                            for _ in response.iter_raw():
+                                last = time.monotonic()
+                        finally:
+                            if response.status_code == 200 and last:
+                                self.running.append((begun, last))
+                    self.statuses[url].append(response.status_code)
+                except httpx.TransportError:
+                    self.statuses[url].append(0)
+                if self.statuses[url][-1] != 200:
+                    time.sleep(0.02)
+
+    def most_at_a_time(self) -> int:
+        changes = sorted([(begun, 1) for begun, _ in self.running]
+                         + [(ended, -1) for _, ended in self.running])  # fmt: skip
+        now = most = 0
+        for _, change in changes:
+            now += change
+            most = max(most, now)
+        return most
+
+
+@contextmanager
+def fleet(place: Path, valkey: Server, number: int) -> Iterator[list[Replica]]:
+    """So many servers, ready and known to each other."""
+    replicas = [Replica(place / f"replica{i}", valkey) for i in range(number)]
+    try:
+        wait_until(lambda: all(status(f"{r.url}/ready") == 200 for r in replicas))
+        wait_until(lambda: all(r.gauge("synthia_accounts_replicas") == number for r in replicas))
+        yield replicas
+    finally:
+        for replica in replicas:
+            replica.kill()
+
+
+def test_limits_hold_while_replicas_and_valkey_are_killed(tmp_path: Path) -> None:
+    """Users at their limits from all sides: none has more, and nothing but the killed is lost."""
+    keys = key_file(
+        tmp_path / "keys.yaml",
+        wide={"concurrent_requests": MOST},
+        often={"requests_per_minute": A_MINUTE},
+    )
+    with valkey_server() as valkey, fleet(tmp_path, valkey, 3) as replicas:
+        begun = time.monotonic()
+        first, second, killed = replicas
+        oftens: list[Flood] = []
+
+        # All three, from all sides.
+        with Flood(replicas, keys["wide"], 4) as wide, Flood(replicas, keys["often"], 2) as often:
+            oftens.append(often)
+            wait_until(lambda: len(wide.running) >= 8 * MOST)
+            # One of them dies in the middle of its answers.
+            killed.process.kill()
+            wait_until(lambda: 0 in wide.statuses[killed.url])
+            dead_at = time.monotonic()
+            wait_until(lambda: first.gauge("synthia_accounts_replicas") == 2)
+            assert time.monotonic() - dead_at < 2 * LEASE
+            so_far = len(wide.running)
+            wait_until(lambda: len(wide.running) >= so_far + 4 * MOST)
+        assert wide.most_at_a_time() == MOST
+        survivors = (first.url, second.url)
+        for flood in (wide, often):
+            assert {s for url in survivors for s in flood.statuses[url]} <= {200, 429}
+        after = [entry for entry in wide.running if entry[0] > dead_at + LEASE + 1]
+        wide.running = after
+        assert wide.most_at_a_time() == MOST  # what the dead one held is free
+
+        # Valkey dies, and comes again with nothing.
+        left = [first, second]
+        with Flood(left, keys["wide"], 6) as wide, Flood(left, keys["often"], 2) as often:
+            oftens.append(often)
+            wait_until(lambda: len(wide.running) >= 2 * MOST)
+            valkey.kill()
+            wait_until(lambda: not any(r.gauge("synthia_accounts_reachable") for r in left))
+            so_far = len(wide.running)
+            wait_until(lambda: len(wide.running) >= so_far + 2 * MOST)
+            valkey.start()
+            wait_until(lambda: all(r.gauge("synthia_accounts_reachable") for r in left))
+            valkey.ask("FLUSHALL")
+            wait_until(lambda: valkey.ask("ZCARD", REPLICAS) == 2)
+            time.sleep(_HOLD_SECONDS)
+            back_at = time.monotonic()
+            so_far = len(wide.running)
+            wait_until(lambda: len(wide.running) >= so_far + 4 * MOST)
+        for flood in (wide, often):
+            assert {s for statuses in flood.statuses.values() for s in statuses} <= {200, 429}
+        assert wide.most_at_a_time() <= MOST + MOST // 2  # what one held, and the other's part
+        wide.running = [entry for entry in wide.running if entry[0] > back_at]
+        assert wide.most_at_a_time() == MOST
+
+        # All that was taken of the bucket, over all of this.
+        served = sum(
+            statuses.count(200) for flood in oftens for statuses in flood.statuses.values()
+        )
+        allowed = A_MINUTE * (1 + (time.monotonic() - begun) / 60)
+        assert 0.8 * allowed - 6 <= served <= allowed + 2
