@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _HOLD_SECONDS: Final = 3.0  # after which all others are back, too: they try every two at least
+_MOST_TOLD: Final = 1000  # users of whom nothing was used meanwhile: it has to be taken in time
 _FIRST_SECONDS: Final = 2.0  # to hear of the others before anything is served
 
 
@@ -307,7 +308,8 @@ class FleetController(AdmissionController):
             lines: list[tuple[Word, ...]] = []
             if joining:
                 account.held = account.in_flight
-                lines = list(self._levels(account, now))
+                if account.part is not None or len(keys) < _MOST_TOLD:
+                    lines = list(self._levels(account, now))
             if account.held or account.uncharged or lines:
                 keys.append(user_key(name))
                 arguments += [account.held, account.uncharged, len(lines)]

@@ -22,7 +22,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 import valkey
-from valkey.asyncio.connection import Connection, SSLConnection, parse_url
+from valkey.asyncio.connection import Connection, parse_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,6 +108,8 @@ class Line:
         beaten: Callable[[int], None],
         closed: Callable[[str], None],
     ) -> None:
+        if url.startswith(("valkeys:", "rediss:")) and "ssl_check_hostname" not in url:
+            url += f"{'&' if '?' in url else '?'}ssl_check_hostname=true"
         self._url = url
         self._table = table
         self._opened = opened
@@ -161,8 +163,6 @@ class Line:
     async def _session(self) -> None:
         options: dict[str, Any] = parse_url(self._url)
         kind = options.pop("connection_class", Connection)
-        if issubclass(kind, SSLConnection):
-            options = {"ssl_check_hostname": True, **options}
         connection = kind(**options | {"socket_timeout": None, "decode_responses": True})
         try:
             async with asyncio.timeout(_CONNECT_SECONDS):
@@ -178,15 +178,12 @@ class Line:
 
     async def _join(self, connection: Connection) -> None:
         """Say what is held here; from now on what is asked waits for this."""
-        before = self._replica
         self._joined += 1
-        keys, arguments = self._table(True)
-        words = self._sync(before, keys, arguments)
+        words = self._sync("joins", self._table(True))
         self.open = True
         async with asyncio.timeout(BOUND):
             said = await self._ask(connection, words)
         self._fleet, count = said.split()
-        self._pause = _PAUSES[0]
         self._opened(int(count))
         self.was_open.set()
 
@@ -201,7 +198,7 @@ class Line:
             self._under_way, self._waiting = self._waiting, []
             if loop.time() >= beat:
                 beat = loop.time() + _BEAT
-                words = self._sync(self._replica, *self._table(False))
+                words = self._sync("", self._table(False))
                 at = self._under_way[0].at if self._under_way else time.monotonic()
                 self._under_way.insert(0, _Command(words, self._note_beat, at))
             if self._under_way:
@@ -228,9 +225,9 @@ class Line:
             finally:
                 timer.cancel()
 
-    def _sync(self, before: str, keys: list[str], arguments: list[Word]) -> tuple[Word, ...]:
-        head: list[Word] = [self._replica, before, self._fleet, LEASE]
-        return evaluation("sync", [REPLICAS, FLEET, *keys], head + arguments)
+    def _sync(self, joins: str, table: Table) -> tuple[Word, ...]:
+        head: list[Word] = [self._replica, joins, self._fleet, LEASE]
+        return evaluation("sync", [REPLICAS, FLEET, *table.keys], head + table.arguments)
 
     async def _ask(self, connection: Connection, words: tuple[Word, ...]) -> str:
         await connection.send_packed_command(_pack(words), check_health=False)
@@ -247,6 +244,7 @@ class Line:
 
     def _note_beat(self, said: str | None) -> None:
         if said is not None:
+            self._pause = _PAUSES[0]
             self._beaten(int(said.split()[1]))
 
     def _close(self, reason: str) -> None:
@@ -264,7 +262,7 @@ class Line:
             if self.open:
                 with suppress(valkey.ValkeyError, OSError):  # the line itself will tell
                     client.execute_command(  # type: ignore[no-untyped-call]
-                        *self._sync(self._replica, [], [])
+                        *self._sync("", Table([], []))
                     )
         with suppress(valkey.ValkeyError, OSError):
             client.zrem(REPLICAS, self._replica)  # what was held here is free

@@ -1,8 +1,8 @@
 -- A replica says that it lives, and what its users hold there.
 --
 -- KEYS: the replicas, the fleet, users.
--- ARGV: the replica, the name it had before, the fleet it knows, the seconds of its lease; then for
--- each user the places it holds there, what to charge its counter, and how many rates follow; for
+-- ARGV: the replica, whether it comes under a new name ("joins"), the fleet it knows, the seconds of
+-- its lease; then for each user the places it holds there, what to charge its counter, and how many rates follow; for
 -- each of these its name, limit, seconds, its level as the replica knows it, and what was used of it
 -- without this having been asked.
 --
@@ -10,7 +10,7 @@
 -- nothing. Else the fleet, which is another after all was lost, and how many replicas live.
 local time = redis.call('TIME')
 local now = time[1] + time[2] / 1000000
-local me, before, known, lease = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local me, joins, known, lease = ARGV[1], ARGV[2] == 'joins', ARGV[3], tonumber(ARGV[4])
 
 -- Where nobody could say that it lives, for this was stopped or started anew, nobody is dead for it.
 local seen = tonumber(redis.call('HGET', KEYS[2], 'seen') or now)
@@ -21,11 +21,20 @@ if now - seen > lease / 2 then
   end
 end
 redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', string.format('(%.17g', now))
-if me == before and not redis.call('ZSCORE', KEYS[1], me) then
+if not joins and not redis.call('ZSCORE', KEYS[1], me) then
   return 'lost'
 end
-if me ~= before then
-  redis.call('ZREM', KEYS[1], before)
+if joins then
+  -- Its names are numbered: earlier ones are gone, and one that comes late is none.
+  local name, number = string.match(me, '^(.*)%.(%d+)$')
+  for _, other in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+    local its_name, its_number = string.match(other, '^(.*)%.(%d+)$')
+    if its_name == name and tonumber(its_number) > tonumber(number) then
+      return 'lost'
+    elseif its_name == name then
+      redis.call('ZREM', KEYS[1], other)
+    end
+  end
 end
 redis.call('ZADD', KEYS[1], string.format('%.17g', now + lease), me)
 if redis.call('HSETNX', KEYS[2], 'name', me) == 1 then
