@@ -89,7 +89,9 @@ def _valkey_url(url: str) -> str:
         valid = False
     if not valid:
         raise PydanticCustomError(
-            "valkey_url", "Input should be valkey://[user:password@]host:port/number (TLS: valkeys)"
+            "valkey_url",
+            "Input should be valkey://host:port/number (valkeys with TLS), with user:password@ in"
+            " front of the host if one is asked for",
         )
     return url
 

@@ -101,6 +101,31 @@ def test_errors_name_key_value_and_source(
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "http://u:sesame@valkey:6379/0",
+        "valkey://u:sesame@valkey:port/0",
+        "valkey://u:sesame@valkey:6379/zero",
+        "valkey://:sesame/with/slashes@valkey:6379/0",
+        "valkey://u:" + 80 * "sesame" + "@valkey:99999/0",
+        "valkey://u:sesame@:6379",
+    ],
+)
+def test_no_password_is_shown(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither that of a right URL in the configuration, nor that of a wrong one in the error."""
+    right = "valkeys://u:sesame@valkey:6379/0?ssl_ca_certs=/ca.pem"
+    assert main(["serve", "--print-config", "--set", f"accounts={right}"]) == 0
+    assert "accounts: valkeys://***@valkey:6379/0?ssl_ca_certs=/ca.pem" in capsys.readouterr().out
+    settings = load(None, {"SYNTHIA_ACCOUNTS": right}, [])
+    assert settings.accounts == right
+    assert "sesame" not in repr(settings)
+    assert main(["serve", "--set", f"accounts={wrong}"]) == 2
+    told = capsys.readouterr()
+    assert "Input should be valkey://host:port/number" in told.err
+    assert "sesame" not in told.err + told.out
+
+
 def test_missing_file_is_named() -> None:
     """A file that is not there is an error, not an empty configuration."""
     with pytest.raises(StartupError, match=r"no/such\.yaml"):
