@@ -264,12 +264,13 @@ def test_places_and_tokens_are_claimed(tmp_path: Path) -> None:
         assert ask(server).status_code == 401
         assert ask(server, "/tokenize", prompt="a").status_code == 401
         assert httpx.get(f"{server.url}/tokenizer_info").status_code == 401
-        for path in ("/tokenize", "/v1/chat/completions/render"):
+        assert ask(server, "/v1/completions/render", prompt="a").status_code == 401
+        for path in ("/tokenize", "/v1/completions/render", "/v1/chat/completions/render"):
             refused = httpx.post(
                 f"{server.url}{path}",
                 headers={"Authorization": f"Bearer {key}"},
                 json={"model": "synthia-demo-tot"}
-                | ({"prompt": "a"} if path == "/tokenize" else {"messages": [USER]}),
+                | ({"messages": [USER]} if "chat" in path else {"prompt": "a"}),
             )
             assert refused.json()["error"]["code"] == "model_not_allowed"
 
@@ -344,6 +345,26 @@ def test_render_refuses_what_chat_refuses(server: Running) -> None:
         assert "error" in errors[0]
 
 
+def test_rendered_completions_are_what_is_sent(server: Running) -> None:
+    """A list, as vLLM gives it: each prompt's tokens, cut as the request says."""
+    body: dict[str, Any] = {
+        "model": "synthia-demo", "prompt": ["Hello", "You"], "truncate_prompt_tokens": 3,
+        "stream": True,
+    }  # fmt: skip
+    found = ask(server, "/v1/completions/render", **body)
+    assert found.status_code == 200
+    seen = len(server.engine.seen)  # type: ignore[attr-defined]
+    ask(server, **body)
+    sent = [work.prompt_token_ids for work in server.engine.seen[seen:]]  # type: ignore[attr-defined]
+    assert found.json() == [{"token_ids": tokens, "count": 3} for tokens in sent]
+    assert sent == [ids("llo"), ids("You")]
+    for refused in ({"prompt": "x" * 5000}, {"prompt": "a", "model": "x"}, {"suffix": "b"}):
+        body = BODY | refused
+        errors = [ask(server, f"/v1/completions{end}", **body).json() for end in ("", "/render")]
+        assert errors[0] == errors[1]
+        assert "error" in errors[0]
+
+
 def test_tokens_and_text(server: Running) -> None:
     """Text to tokens and back, with and without the token in front."""
     found = ask(server, "/tokenize", prompt="hé", return_token_strs=True).json()
@@ -391,7 +412,8 @@ def test_document_knows_the_routes(server: Running) -> None:
     """The OpenAPI document has the bodies of all these routes."""
     document = httpx.get(f"{server.url}/openapi.json").json()
     for path in (
-        "/v1/completions", "/v1/chat/completions/render", "/tokenize", "/detokenize"
+        "/v1/completions", "/v1/completions/render", "/v1/chat/completions/render", "/tokenize",
+        "/detokenize",
     ):  # fmt: skip
         content = document["paths"][path]["post"]["requestBody"]["content"]
         name = content["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]

@@ -24,6 +24,7 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions/render": BODY,
     "/v1/responses": {"model": "synthia-demo", "input": "Hi"},
     "/v1/completions": {"model": "synthia-demo", "prompt": "Hi"},
+    "/v1/completions/render": {"model": "synthia-demo", "prompt": "Hi"},
     "/v1/messages": BODY | {"max_tokens": 100},
     "/v1/messages/count_tokens": BODY,
 }

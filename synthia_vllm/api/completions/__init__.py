@@ -1,10 +1,11 @@
-"""``/v1/completions``: raw text, written on."""
+"""``/v1/completions``: raw text, written on; and its tokens."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
 from synthia_vllm.api.completions.protocol import Completion, CompletionRequest
+from synthia_vllm.api.completions.render import add_render
 from synthia_vllm.api.completions.serving import prepare
 from synthia_vllm.api.completions.wire import TextChunks, body
 from synthia_vllm.http.route import GenerationRoute
@@ -25,6 +26,7 @@ ROUTE: Final = GenerationRoute(
 )
 
 
-def attach(app: Application, _state: ServerState) -> None:
-    """Add the route."""
+def attach(app: Application, state: ServerState) -> None:
+    """Add the routes."""
     app.add_generation(ROUTE)
+    add_render(app, state)

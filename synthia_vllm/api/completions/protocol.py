@@ -123,3 +123,10 @@ class Completion(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+
+
+class RenderedTokens(BaseModel):
+    """What the model would be sent for one prompt, by the names that llm-d's picker asks for."""
+
+    token_ids: list[int]
+    count: int

@@ -14,9 +14,11 @@ from synthia_vllm.generate.sampling import grammar_of, preset_of, sampling_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from synthia_vllm.admission.users import User
     from synthia_vllm.engine.base import Engine, PromptLogprobs
     from synthia_vllm.generate.call import Call
     from synthia_vllm.generate.response import Choice
+    from synthia_vllm.settings import Settings
 
 # Log-probabilities in one answer's prompts: some 25 MB here, and 10 MB of JSON.
 _MAX_PROMPT_LOGPROBS: Final = 1 << 18
@@ -30,18 +32,9 @@ async def prepare(call: Call) -> Prepared:
     """
     request = call.parse(CompletionRequest)
     engine, settings, user = call.engine, call.settings, call.permit.user
-    preset_of(request.model, settings, user)
     usage = request.usage_events
-    asked = user.max_answer_tokens(
-        request.max_tokens, min(DEFAULT_MAX_TOKENS, settings.sampling.max_tokens)
-    )
-    prompts = [await _tokens_of(prompt, engine) for prompt in request.prompts]
-    if request.truncate_prompt_tokens is not None:
-        keep = request.truncate_prompt_tokens
-        left = engine.model_info.max_model_len - max(asked, 1)
-        prompts = [_last(prompt, left if keep == -1 else keep) for prompt in prompts]
+    asked, prompts = await tokenized(request, engine, settings, user)
     longest = max(map(len, prompts))
-    _require_context(longest, engine)
     sampling = sampling_of(
         request,
         settings,
@@ -103,6 +96,26 @@ async def prepare(call: Call) -> Prepared:
         question=question,
         conversation=False,
     )
+
+
+async def tokenized(
+    request: CompletionRequest, engine: Engine, settings: Settings, user: User
+) -> tuple[int, list[list[int]]]:
+    """How long an answer may be, and the tokens of each prompt, which leave room for one.
+
+    Raises `InvalidRequest`.
+    """
+    preset_of(request.model, settings, user)
+    asked = user.max_answer_tokens(
+        request.max_tokens, min(DEFAULT_MAX_TOKENS, settings.sampling.max_tokens)
+    )
+    prompts = [await _tokens_of(prompt, engine) for prompt in request.prompts]
+    if request.truncate_prompt_tokens is not None:
+        keep = request.truncate_prompt_tokens
+        left = engine.model_info.max_model_len - max(asked, 1)
+        prompts = [_last(prompt, left if keep == -1 else keep) for prompt in prompts]
+    _require_context(max(map(len, prompts)), engine)
+    return asked, prompts
 
 
 async def _tokens_of(prompt: str | list[int], engine: Engine) -> list[int]:

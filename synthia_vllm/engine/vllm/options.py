@@ -37,7 +37,7 @@ _CPU_DEFAULTS: Final[dict[str, Any]] = {
 }
 
 # What vLLM loads of ours, see ``pyproject.toml``.
-_PLUGINS: Final = ("synthia-vllm-watchdog", "synthia-vllm-grammars")
+_PLUGINS: Final = ("synthia-vllm-watchdog", "synthia-vllm-grammars", "synthia-vllm-kv-events")
 
 
 def prepare_environment(options: Mapping[str, Any]) -> None:
