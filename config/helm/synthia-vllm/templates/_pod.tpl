@@ -23,6 +23,7 @@
 {{- $gpus := mul .Values.nodes (max 1 .Values.gpus) | int -}}
 {{- $own := dict -}}
 {{- if gt $gpus 1 }}{{ $own = dict "tensor_parallel_size" $gpus }}{{ end -}}
+{{- if include "synthia.picks" . }}{{ $_ := set $own "kv_events_config" (include "synthia.kvEvents" . | fromYaml) }}{{ end -}}
 {{- toYaml (mergeOverwrite $own (deepCopy (.Values.settings.engine | default dict))) }}
 {{- end }}
 
