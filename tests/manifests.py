@@ -119,6 +119,26 @@ ODD: Final[dict[str, tuple[list[str], Object]]] = {
             "monitoring": {"dashboard": {"enabled": True, "labels": {"dashboards": "yes"}}},
         },
     ),
+    "a-fleet-behind-envoy": (
+        ["fleet"],
+        {
+            "gateway": {"kind": "standalone", "serviceType": "LoadBalancer"},
+            "monitoring": {"enabled": True},
+            "ingress": {"enabled": True, "host": "chat.example.com", "tlsSecret": "chat-tls"},
+            **_DATABASES,
+        },
+    ),
+    "a-fleet-of-demos": (
+        ["cpu-demo", "fleet"],
+        {
+            "gateway": {
+                "existing": {"name": "web", "namespace": "gateways"},
+                "hostnames": ["chat.example.com"],
+            },
+            "monitoring": {"enabled": True},
+            "picker": {"keySecret": "", "replicas": 3, "scrapeSeconds": 5},
+        },
+    ),
     "scaled-by-little": (
         ["keda", "l4"],
         {"autoscaling": {"minReplicas": 1, "maxReplicas": 3, "load": 0.5}, **_DATABASES},

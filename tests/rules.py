@@ -263,7 +263,7 @@ def weights_have_a_revision(installation: Installation) -> Iterator[str]:
             yield f"{job.name} cannot be changed, and has one name for all that it could be"
         for pod in installation.pods():
             waiting = [c for c in pod.containers() if c["name"] == "wait-for-weights"]
-            if pod is job or pod.labels[_COMPONENT] == "download":
+            if pod.labels[_COMPONENT] not in ("server", "worker"):
                 continue
             if not any(
                 {"name": "MODEL", "value": place} in c["env"] and ".complete" in c["command"][-1]
@@ -300,17 +300,17 @@ def selectors_take_our_own_only(installation: Installation) -> Iterator[str]:
 
 
 def _selectors(installation: Installation) -> Iterator[tuple[str, Any]]:
-    """All selectors of pods, but for those of whom to let in that take a whole namespace."""
+    """All selectors of pods, but for those of whom to let in from other namespaces."""
 
     def inside(name: str, part: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(part, list):
             for item in part:
                 yield from inside(name, item)
-        elif isinstance(part, dict):
+        elif isinstance(part, dict) and "namespaceSelector" not in part:
             for key, value in part.items():
                 if key in ("podSelector", "labelSelector", "selector") and value:
                     yield name, value
-                elif key != "namespaceSelector":
+                else:
                     yield from inside(name, value)
 
     for found in installation.objects:
@@ -481,7 +481,8 @@ def the_network_is_closed(installation: Installation) -> Iterator[str]:
             if not entry.get("from"):
                 yield f"{pod.name} lets in anybody"
             among_us = all(
-                peer.get("podSelector") and selects(peer["podSelector"], pod.labels)
+                {_NAME, _INSTANCE, _COMPONENT} <= set(peer.get("podSelector", {}).get("matchLabels", {}))
+                or (peer.get("podSelector") and selects(peer["podSelector"], pod.labels))
                 for peer in entry.get("from", [])
             )
             ports = {port["port"] for port in entry.get("ports", [])}
@@ -495,11 +496,10 @@ def the_network_is_closed(installation: Installation) -> Iterator[str]:
 
 @rule
 def services_reach_servers(installation: Installation) -> Iterator[str]:
-    """Service, monitor and pool select the server's pods and no others, by a port that is there."""
+    """Service, monitor and pool take all pods of one component, by a port that these have."""
     found = [
         (service, service["spec"]["selector"], [p["targetPort"] for p in service["spec"]["ports"]])
         for service in installation.of("Service")
-        if service["spec"]["selector"].get(_COMPONENT) != "picker"
     ]
     if not found:
         yield "there is no Service"
@@ -510,14 +510,15 @@ def services_reach_servers(installation: Installation) -> Iterator[str]:
         ports = [port["number"] for port in pool["spec"]["targetPorts"]]
         found.append((pool, pool["spec"]["selector"], ports))
     for owner, selector, ports in found:
+        component = selector.get("matchLabels", selector).get(_COMPONENT)
+        wanted = component if component in ("picker", "gateway") else "server"
         for pod in installation.pods():
             taken = selects(selector, pod.labels)
-            if taken != bool(pod.server):
+            if taken != (pod.labels[_COMPONENT] == wanted):
                 yield f"{owner['kind']}: {'takes' if taken else 'does not take'} {pod.name}"
-            known = {p.get("name") for p in (pod.server or {}).get("ports", [])} | {
-                p["containerPort"] for p in (pod.server or {}).get("ports", [])
-            }
-            if pod.server and not set(ports) <= known:
+            here = [port for c in pod.containers() for port in c.get("ports", [])]
+            known = {p.get("name") for p in here} | {p["containerPort"] for p in here}
+            if taken and not set(ports) <= known:
                 yield f"{owner['kind']}: {pod.name} has no port {ports}"
 
 

@@ -220,11 +220,6 @@ def test_a_gateways_filter_does_not_fail_open(servers: list[Running], tmp_path: 
         )
         asks = copy.deepcopy(picked["http_filters"][0])
         del asks["typed_config"]["status_on_error"]
-        asks["typed_config"]["processing_mode"] |= {
-            "response_header_mode": "SEND",
-            "response_body_mode": "FULL_DUPLEX_STREAMED",
-            "response_trailer_mode": "SEND",
-        }
         front["http_filters"].insert(0, asks)
         [host] = front["route_config"]["virtual_hosts"]
         host["routes"] = [{"match": {"prefix": "/"}, "route": {"cluster": "servers"}}]

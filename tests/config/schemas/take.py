@@ -47,6 +47,8 @@ def main() -> None:
                 continue
             schema = strict(version["schema"]["openAPIV3Schema"])
             schema["properties"]["metadata"] = {"type": "object"}
+            for name in ("apiVersion", "kind"):  # some leave them unsaid
+                schema["properties"].setdefault(name, {"type": "string"})
             name = f"{spec['names']['kind']}-{spec['group']}-{version['name']}.json".lower()
             text = json.dumps(schema, indent=1, sort_keys=True)
             Path(__file__).with_name(name).write_text(text + "\n")
