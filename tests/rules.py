@@ -481,7 +481,8 @@ def the_network_is_closed(installation: Installation) -> Iterator[str]:
             if not entry.get("from"):
                 yield f"{pod.name} lets in anybody"
             among_us = all(
-                {_NAME, _INSTANCE, _COMPONENT} <= set(peer.get("podSelector", {}).get("matchLabels", {}))
+                {_NAME, _INSTANCE, _COMPONENT}
+                <= set(peer.get("podSelector", {}).get("matchLabels", {}))
                 or (peer.get("podSelector") and selects(peer["podSelector"], pod.labels))
                 for peer in entry.get("from", [])
             )

@@ -30,7 +30,7 @@ BODY: dict[str, Any] = {"model": "synthia-demo", "messages": [{"role": "user", "
 
 
 def configuration(name: str) -> dict[str, Any]:
-    """What the chart gives an Envoy: `envoy.yaml`, the gateway's, or `render.yaml`, the picker's."""
+    """What the chart gives Envoy: `envoy.yaml`, the gateway's, or `render.yaml`, the picker's."""
     values = {"gateway": {"kind": "standalone"}, "picker": {"keySecret": "synthia-picker"}}
     done = helm("template", "synthia-vllm", str(CHART), f"--values={CHART}/presets/fleet.yaml",
                 values=values)  # fmt: skip
@@ -227,7 +227,10 @@ def test_a_gateways_filter_does_not_fail_open(servers: list[Running], tmp_path: 
     def fail(_: bytes) -> str:
         raise RuntimeError
 
-    with envoy(tmp_path, servers, as_gateways_have_it) as found, picker(found, tmp_path, 0) as asked:
+    with (
+        envoy(tmp_path, servers, as_gateways_have_it) as found,
+        picker(found, tmp_path, 0) as asked,
+    ):
         assert found.ask().status_code == 200
         asked.pick = fail
         assert {found.ask().status_code for _ in range(5)} == {500}
@@ -257,18 +260,22 @@ def test_a_picker_that_hangs_is_passed_over(gateway: Gateway, tmp_path: Path) ->
 def test_a_picker_ends_no_answer(tmp_path: Path) -> None:
     """One that is killed, and one that is asked for longer than a question may take."""
     slow = FakeEngine(["word "] * 70, delay=0.1)
-    with running(slow) as one, running(FakeEngine()) as other:
-        with envoy(tmp_path, [one, other]) as found, picker(found, tmp_path, 0) as asked:
-            url = f"{found.url('front')}{CHAT}"
-            for kills in (False, True):
-                with httpx.stream("POST", url, json=BODY | {"stream": True}, timeout=60) as told:
-                    lines = told.iter_lines()
-                    next(lines)
-                    if kills:
-                        asked.stop()
-                    *_, done, _ = lines
-                assert done == "data: [DONE]"
-            assert found.seen() == [2, 0]
+    with (
+        running(slow) as one,
+        running(FakeEngine()) as other,
+        envoy(tmp_path, [one, other]) as found,
+        picker(found, tmp_path, 0) as asked,
+    ):
+        url = f"{found.url('front')}{CHAT}"
+        for kills in (False, True):
+            with httpx.stream("POST", url, json=BODY | {"stream": True}, timeout=60) as told:
+                lines = told.iter_lines()
+                next(lines)
+                if kills:
+                    asked.stop()
+                *_, done, _ = lines
+            assert done == "data: [DONE]"
+        assert found.seen() == [2, 0]
 
 
 def test_a_server_that_is_gone_is_passed_over(gateway: Gateway, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def test_a_picker_finds_each_prompt_and_no_salt(demo: Path, tmp_path: Path) -> N
         subscriber.subscribe("kv@")
         subscriber.connect(f"tcp://127.0.0.1:{published}")
         path = f"{url}/v1/chat/completions"
-        asked = {"json": body, "timeout": 60}
+        asked: dict[str, Any] = {"json": body, "timeout": 60}
         prompt = httpx.post(f"{path}/render", headers=headers["bob"], **asked).json()["token_ids"]
         told = []
         for name in ("alice", "bob"):

@@ -28,7 +28,9 @@ def unsalt() -> None:
         def publish(self, events: Any) -> None:
             for event in events.events:
                 if isinstance(event, BlockStored):
-                    event.extra_keys = None  # adapters and images, which there are none of, and salts
+                    event.extra_keys = (
+                        None  # adapters and images, which there are none of, and salts
+                    )
             super().publish(events)
 
     EventPublisherFactory._registry["zmq"] = UnsaltedPublisher
