@@ -1,4 +1,4 @@
-"""A fleet: what gateway, picker and servers are told of each other agrees, and any of them may go."""
+"""A fleet: what gateway, picker and servers are told of each other agrees; any of them may go."""
 
 from __future__ import annotations
 
