@@ -15,7 +15,7 @@ LARGEST_FILE: Final = 1_000_000
 LARGEST_TREE: Final = 20_000_000
 """Bytes, both; of the tracked files as they are in the working tree."""
 ENVIRONMENT: Final = re.compile(
-    r"(^|/)(site-packages|node_modules|__pycache__|\.?v?env[^/]*|pyvenv\.cfg|[^/]+\.(dist|egg)-info)(/|$)"
+    r"(^|/)(site-packages|node_modules|__pycache__|\.?v?env([-_.\d][^/]*)?|pyvenv\.cfg|[^/]+\.(dist|egg)-info)(/|$)"
     r"|\.(whl|pyc|so|safetensors)$"
 )
 

@@ -22,6 +22,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 NEEDS = {
     "docker", "docker and a GPU", "docker and a cluster", "a cluster", "a cluster with a GPU",
     "minutes to an hour", "the tasks' data, from the internet",
+    "two servers behind it",  # run by test_doors.py
 }  # fmt: skip
 # `make serve` is run for what it makes of its flags (test_process.py serves), `make test` is this.
 PRELUDE = """\
