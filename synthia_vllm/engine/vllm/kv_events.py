@@ -28,9 +28,7 @@ def unsalt() -> None:
         def publish(self, events: Any) -> None:
             for event in events.events:
                 if isinstance(event, BlockStored):
-                    event.extra_keys = (
-                        None  # adapters and images, which there are none of, and salts
-                    )
+                    event.extra_keys = None  # else of adapters and images only: there are none
             super().publish(events)
 
     EventPublisherFactory._registry["zmq"] = UnsaltedPublisher
