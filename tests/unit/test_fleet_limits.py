@@ -8,6 +8,8 @@ import math
 import random
 import signal
 import socket
+import ssl
+import subprocess
 import time
 from contextlib import asynccontextmanager
 from functools import partial
@@ -580,3 +582,55 @@ async def test_a_password_and_a_cluster(tmp_path: Path, caplog: pytest.LogCaptur
             await controller.close()
     assert place in caplog.text
     assert "sesame" not in caplog.text
+
+
+@in_loop
+async def test_tls(tmp_path: Path, valkey: Server) -> None:
+    """`valkeys://` goes through TLS, to who has a certificate for that host of that authority."""
+    file = users_file(tmp_path / "keys", a={"concurrent_requests": 2})
+    bounds: dict[str, Any] = {"max_requests": 9, "max_queue_seconds": 1e9}
+    for host in ("localhost", "elsewhere"):
+        certificate, key = certified(tmp_path, host)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(certificate, key)
+        door = await asyncio.start_server(partial(pass_on, valkey), "localhost", 0, ssl=context)
+        port = door.sockets[0].getsockname()[1]
+        url = f"valkeys://localhost:{port}/0?ssl_ca_certs={certificate}"
+        controller = FleetController(file, url, **bounds)
+        controller.start()
+        if host == "localhost":
+            await until(lambda: controller._line.open)  # noqa: B023  # it is at once
+        else:
+            await until(lambda: controller._reachable is False)  # noqa: B023
+        assert len((await try_all([controller], "a", 3))[0]) == 2
+        assert bool(user(valkey, "a")) is (host == "localhost")
+        await controller.close()
+        valkey.ask("FLUSHALL")
+        door.close()
+
+
+def certified(place: Path, host: str) -> tuple[Path, Path]:
+    """A certificate for `host`, by its own authority, and its key."""
+    certificate, key = place / f"{host}.pem", place / f"{host}.key"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+         "-nodes", "-days", "2", "-subj", f"/CN={host}", "-addext", f"subjectAltName=DNS:{host}",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
+async def pass_on(
+    server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
+    """To the Valkey behind, and back."""
+    there, to_there = await asyncio.open_connection("127.0.0.1", server.port)
+
+    async def pipe(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            target.write(data)
+            await target.drain()
+        target.close()
+
+    await asyncio.gather(pipe(reader, to_there), pipe(there, writer), return_exceptions=True)
