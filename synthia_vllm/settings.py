@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
 from synthia_vllm.errors import StartupError, without_password
+from synthia_vllm.ledger import place
 from synthia_vllm.template.formats import FORMATS, PromptFormat
 from synthia_vllm.template.prompt import PRESETS, Markers, Preset
 
@@ -103,6 +111,16 @@ def _known_format(name: str) -> str:
     return name
 
 
+def _known_ledger(setting: str) -> str:
+    try:
+        place.shown(setting)
+    except ValueError as error:
+        raise PydanticCustomError(
+            "unknown_ledger", "The ledger {problem}", {"problem": str(error)}
+        ) from None
+    return setting
+
+
 class Settings(_Section):
     """All of the configuration, immutable."""
 
@@ -120,7 +138,14 @@ class Settings(_Section):
     answer_reserve: int = Field(256, ge=1)
     sampling: SamplingDefaults = SamplingDefaults()
     keys_file: Path | None = None
-    accounts: Annotated[str, AfterValidator(_valkey_url)] | None = Field(None, repr=False)
+    accounts: (
+        Annotated[
+            str,
+            AfterValidator(_valkey_url),
+            PlainSerializer(without_password, when_used="json"),
+        ]
+        | None
+    ) = Field(None, repr=False)
     prefix_cache: Literal["auto", "per-user", "shared"] = "auto"
     discovery: Literal["key", "open"] = "key"
     metrics: Literal["open", "key", "off"] = "open"
@@ -131,6 +156,11 @@ class Settings(_Section):
     sse_keepalive_seconds: float = Field(0.0, ge=0)
     transcripts: Transcript = Transcript()
     batches: Batches = Batches()
+    ledger: Annotated[
+        str,
+        AfterValidator(_known_ledger),
+        PlainSerializer(place.shown, when_used="json"),
+    ] = Field(place.DEFAULT, repr=False)
     shutdown_delay_seconds: float = Field(0.0, ge=0)
     shutdown_grace_seconds: float = Field(30.0, ge=0)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -185,11 +215,8 @@ class Settings(_Section):
         return names
 
     def to_yaml(self) -> str:
-        """The configuration as a file that loads to the same, but for a password."""
-        shown = self.model_dump(mode="json")
-        if self.accounts is not None:
-            shown["accounts"] = without_password(self.accounts)
-        return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+        """The configuration as a file that loads to the same, but for a password in it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def gpu_present() -> bool:
@@ -250,7 +277,8 @@ def _read(file: Path) -> dict[Any, Any]:
             f"Cannot read the configuration file {file}: {error.strerror}."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StartupError(f"The configuration file {file} is not valid YAML: {error}") from error
+        told = place.without_addresses(str(error))
+        raise StartupError(f"The configuration file {file} is not valid YAML: {told}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -274,7 +302,8 @@ def _scalar(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise StartupError(f"{source}: {text!r} is not a valid value: {error}") from error
+        told = place.without_addresses(f"{text!r} is not a valid value: {error}")
+        raise StartupError(f"{source}: {told}") from error
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -303,8 +332,8 @@ def _explain(error: ValidationError, source_of: Mapping[str, str]) -> str:
             lines.append(f"{source}: there is no key {key!r}. Keys here: {', '.join(known)}.")
         else:
             value = problem["input"]
-            nan = isinstance(value, float) and math.isnan(value)
-            shown = "nan" if nan else without_password(repr(value))[:80]
+            shown = "nan" if isinstance(value, float) and math.isnan(value) else repr(value)
+            shown = place.without_addresses(shown)[:80]
             lines.append(f"{source}: {key}: {problem['msg']}, but it is {shown}.")
     return "\n".join(lines)
 

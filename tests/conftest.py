@@ -28,6 +28,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where servers keep their ledger meanwhile: not where this machine's own does."""
+    place = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(place))
+        yield place
+
+
 @pytest.fixture(scope="session")
 def demo(pytestconfig: pytest.Config) -> Path:
     """The demo model's directory; made at the first use, in about three minutes."""

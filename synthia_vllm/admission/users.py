@@ -106,6 +106,37 @@ class KeyRing:
         return name if hmac.compare_digest(known, key_hash) else None
 
 
+def changes(before: Mapping[str, User], after: Mapping[str, User]) -> list[dict[str, Any]]:
+    """What is another for each user, as fields for the log: no key and no hash."""
+    found = []
+    for name in sorted(before.keys() | after.keys()):
+        old, new = before.get(name), after.get(name)
+        if old == new:
+            continue
+        old_keys, new_keys = (set(user.keys) if user else set() for user in (old, new))
+        was, becomes = old or User(), new or User()
+        limits = {
+            field: f"{_told(getattr(was, field))} -> {_told(getattr(becomes, field))}"
+            for field in User.model_fields
+            if field != "keys" and getattr(was, field) != getattr(becomes, field)
+        }
+        change = "removed" if new is None else "added" if old is None else "changed"
+        fields: dict[str, Any] = {
+            "user": name,
+            "change": change,
+            "keys_added": len(new_keys - old_keys),
+            "keys_removed": len(old_keys - new_keys),
+        }
+        found.append(fields | (limits if new else {}))
+    return found
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, frozenset):
+        return ",".join(sorted(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 class Users:
     """Who there is, by the key file `file`; with `None` for it, all are one user.
 
@@ -162,6 +193,7 @@ class Users:
         One that cannot be used leaves the users as they are.
         """
         wanted, self.reload_wanted = self.reload_wanted, False
+        before = self._ring
         try:
             if not self.reload(only_if_changed=not wanted):
                 return "unchanged"
@@ -169,6 +201,9 @@ class Users:
             logger.error("%s The users stay as they were.", error)
             return "failed"
         logger.info("The key file was read: %d users.", len(self.names))
+        if before is not None and self._ring is not None:
+            for change in changes(before.users, self._ring.users):
+                logger.info("audit: users", extra={"fields": change})
         return "read"
 
     def identify(self, authorization: bytes | None, api_key: bytes | None = None) -> str:

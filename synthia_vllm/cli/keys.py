@@ -7,14 +7,21 @@ place at once, so a server that watches it never reads half a file.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from synthia_vllm.admission.users import KeyRing, User, new_key
+from synthia_vllm.admission.users import KeyRing, User, changes, new_key
 from synthia_vllm.errors import StartupError
+from synthia_vllm.telemetry import logs
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+logger = logging.getLogger(__name__)
 
 _EXAMPLES: Final = """\
 examples:
@@ -71,11 +78,13 @@ def run(args: argparse.Namespace) -> int:
     if not isinstance(document.setdefault("users", {}), dict):
         raise StartupError(f"The key file {args.file}: `users` must be a mapping of users.")
     users = document["users"]
+    before = _users(args.file)
     if args.action == "remove":
         if users.pop(args.name, None) is None:
             raise StartupError(f"There is no user {args.name} in {args.file}.")
         _write(args.file, document)
         print(f"{args.name} is removed from {args.file}.", file=sys.stderr)
+        _audit(before, _users(args.file))
         return 0
     key, key_hash = new_key()
     user = users.setdefault(args.name, {})
@@ -85,9 +94,21 @@ def run(args: argparse.Namespace) -> int:
         if value is not None:
             user[limit] = value
     _write(args.file, document)
+    _audit(before, _users(args.file))
     print(f"A key of {args.name}; {args.file} has its hash. It is shown only now:", file=sys.stderr)
     print(key)
     return 0
+
+
+def _users(file: Path) -> Mapping[str, User]:
+    return KeyRing(file.read_text(encoding="utf-8"), str(file)).users if file.exists() else {}
+
+
+def _audit(before: Mapping[str, User], after: Mapping[str, User]) -> None:
+    """Say what has changed as a server's log does."""
+    logs.configure("info", "human")
+    for change in changes(before, after):
+        logger.info("audit: users", extra={"fields": change})
 
 
 def _list(file: Path) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm import __version__
-from synthia_vllm.cli import batch, evaluate, keys
+from synthia_vllm.cli import batch, evaluate, keys, usage
 from synthia_vllm.cli import chat as terminal
 from synthia_vllm.cli import render as rendering
 from synthia_vllm.errors import StartupError
@@ -112,6 +112,10 @@ def _parser() -> argparse.ArgumentParser:
     users = commands.add_parser("keys", help="make and remove users and their API keys")
     keys.add_arguments(users)
     users.set_defaults(run=keys.run)
+
+    used = commands.add_parser("usage", help="show who used what", allow_abbrev=False)
+    usage.add_arguments(used)
+    used.set_defaults(run=usage.run)
     return parser
 
 
@@ -149,6 +153,7 @@ def _server_options(args: argparse.Namespace) -> list[str]:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
+    from synthia_vllm.ledger.place import without_addresses
     from synthia_vllm.settings import load, parse_assignment
 
     flags: list[tuple[str, str, Any]] = []
@@ -159,7 +164,7 @@ def _settings(args: argparse.Namespace) -> Settings:
             flags.append((flag, key, _number(value) if key in _NUMBERS else value))
     for text in args.set:
         key, value = parse_assignment(text)
-        flags.append((f"--set {text}", key, value))
+        flags.append((f"--set {without_addresses(text)}", key, value))
     for text in args.engine:
         key, value = parse_assignment(text)
         flags.append((f"--engine {text}", f"engine.{key}", value))

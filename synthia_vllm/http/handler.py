@@ -27,6 +27,7 @@ from synthia_vllm.http.body import (
 )
 from synthia_vllm.http.errors import error_response, request_id
 from synthia_vllm.http.sse import WRITE, Stream, stream_answer
+from synthia_vllm.ledger.rows import UNKNOWN, Used
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -217,7 +218,18 @@ class _Exchange:
             self._state.count_response(response, self._user)
         if prepared and prepared.conversation and response and not response.open_choices:
             self._state.keep(self._user or "", prepared.question, response.texts)
-        self._log(took, prompt, answer)
+        used = Used(
+            user=self._user or UNKNOWN,
+            model=model or UNKNOWN,
+            route=self._route.path,
+            refused=self.status >= 400 and self.status != CLIENT_LEFT,
+            prompt_tokens=prompt,
+            cached_tokens=response.cached_tokens if response else 0,
+            answer_tokens=answer,
+            seconds=took,
+        )
+        self._log(used)
+        self._state.account(used)
         if self._span is not None:
             self._span.end(
                 self.status,
@@ -235,21 +247,21 @@ class _Exchange:
                 },
             )
 
-    def _log(self, took: float, prompt: int, answer: int) -> None:
+    def _log(self, used: Used) -> None:
         if not logger.isEnabledFor(logging.INFO):
             return
         prepared, response = self._prepared, self._response
         first = self._time_to_first_token()
         fields: dict[str, Any] = {
             "id": self.id,
-            "user": self._user or "-",
-            "model": prepared.model if prepared else "-",
+            "user": used.user,
+            "model": used.model,
             "status": self.status,
-            "prompt_tokens": prompt,
-            "cached_tokens": response.cached_tokens if response else 0,
-            "answer_tokens": answer,
+            "prompt_tokens": used.prompt_tokens,
+            "cached_tokens": used.cached_tokens,
+            "answer_tokens": used.answer_tokens,
             "first_token_ms": None if first is None else round(1e3 * first),
-            "total_ms": round(1e3 * took),
+            "total_ms": round(1e3 * used.seconds),
             "finish": ",".join(response.finish_reasons) if response else "",
         }
         if self._state.settings.log_content and prepared and response:

@@ -14,6 +14,7 @@ from synthia_vllm.admission.permits import AdmissionController
 from synthia_vllm.admission.users import new_cache_secret
 from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable, without_password
 from synthia_vllm.http.sse import WriteBatcher
+from synthia_vllm.ledger.writer import open_ledger
 from synthia_vllm.telemetry.tracing import Tracer
 from synthia_vllm.telemetry.transcript import Transcripts
 from synthia_vllm.template.formats import VERSION
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from synthia_vllm.admission.remote import AdmissionClient
     from synthia_vllm.engine.base import Engine
     from synthia_vllm.generate.response import ResponseState
+    from synthia_vllm.ledger.rows import Used
     from synthia_vllm.settings import Settings
     from synthia_vllm.telemetry.metrics import Metrics
 
@@ -77,7 +79,7 @@ def own_admission(settings: Settings, cache_secret: bytes | None = None) -> Admi
 class ServerState:
     """One engine, its settings, users and metrics, and the phase it is in.
 
-    Raises `StartupError` if the key file or the place for transcripts cannot be used.
+    Raises `StartupError` if the key file, the ledger or the place for transcripts cannot be used.
     """
 
     def __init__(
@@ -103,6 +105,9 @@ class ServerState:
             self.admission.on_accounts = metrics.accounts_at(without_password(settings.accounts))
         self.writes = WriteBatcher()
         self._open: set[Endable] = set()
+        self.ledger = open_ledger(
+            settings.ledger, on_waiting=metrics.ledger_waiting.set, on_lost=metrics.ledger_lost.inc
+        )
         self._transcripts: Transcripts | None = None
         where = settings.transcripts
         if where.directory is not None:
@@ -210,6 +215,11 @@ class ServerState:
             metrics.user_tokens.labels(user, "prompt").inc(prompt)
             metrics.user_tokens.labels(user, "answer").inc(answer)
 
+    def account(self, used: Used) -> None:
+        """A request has ended, and its line is in the log."""
+        if self.ledger is not None:
+            self.ledger.add(used)
+
     def keep(self, user: str, question: str, answers: Sequence[str]) -> None:
         """Keep a whole answer in the transcripts, if there are any."""
         if self._transcripts is not None:
@@ -255,3 +265,5 @@ class ServerState:
         await self.admission.close()
         if self._transcripts is not None:
             self._transcripts.close()
+        if self.ledger is not None:
+            self.ledger.close()

@@ -19,6 +19,7 @@ from synthia_vllm.api import (
     probes,
     responses,
     tokenize,
+    usage,
 )
 from synthia_vllm.http.application import Application
 from synthia_vllm.http.gate import Gate, add_error_handlers
@@ -89,6 +90,7 @@ def create_app(
     tokenize.attach(app, state)
     runner = batches.attach(app, state)
     models.attach(app, state)
+    usage.attach(app, state)
     probes.attach(app, state)
     if settings.page:
         playground.attach(app)

@@ -27,6 +27,7 @@ from synthia_vllm.engine.vllm.client import VllmEngine
 from synthia_vllm.engine.vllm.launch import EngineClientConfig, EngineCores, api_process
 from synthia_vllm.errors import EngineDead, StartupError
 from synthia_vllm.http.state import own_admission
+from synthia_vllm.ledger.writer import open_database
 from synthia_vllm.serve.server import Server, listen
 from synthia_vllm.telemetry import logs, metrics
 
@@ -72,7 +73,7 @@ class _Worker:
 class Supervisor:
     """Runs the server that `settings` describe in ``settings.api_workers`` API processes.
 
-    Raises `StartupError` if the port or the key file cannot be used.
+    Raises `StartupError` if the port, the key file or the ledger cannot be used.
     """
 
     def __init__(self, settings: Settings, model: str, progress: Callable[[str], None]) -> None:
@@ -83,6 +84,9 @@ class Supervisor:
         self.admission.on_accounts = self._note_accounts
         self._accounts: tuple[bool, int] | None = None
         """Whether the accounts can be asked, and the replicas, where there are others."""
+        ledger = open_database(settings.ledger)  # each API process has one of its own
+        if ledger is not None:
+            ledger.close()
         self._cache_secret = new_cache_secret() if settings.cache_per_user else None
         self._phase: Literal["starting", "serving", "stopping"] = "starting"
         self._cores = EngineCores(model, settings.engine, settings.base_name)

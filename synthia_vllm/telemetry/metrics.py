@@ -209,6 +209,15 @@ class Metrics:
         self.transcript_failures = counter(
             "transcript_failures", "Lines lost to transcripts: disk full, unwritable, too slow"
         )
+        self.ledger_waiting = Gauge(
+            "synthia_ledger_waiting_rows",
+            "Rows of the ledger that its database has not taken",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self.ledger_lost = counter(
+            "ledger_lost_rows", "Rows of the ledger that there was no room for to wait"
+        )
         self.of = cache(self._of)
 
     def accounts_at(self, address: str) -> Callable[[bool, int], None]:

@@ -83,7 +83,10 @@ def test_versions_of_packages(page: Path) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [["--help"], *([name, "--help"] for name in ("serve", "chat", "batch", "render", "eval"))],
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("serve", "chat", "batch", "render", "eval", "usage")),
+    ],
 )
 def test_help(command: list[str]) -> None:
     """Each command has a help; those that do something have examples in it."""

@@ -15,7 +15,7 @@ PACKAGE = Path(synthia_vllm.__file__).parent
 LAYERS = (
     {"__init__"},
     {"errors"},
-    {"template", "telemetry", "admission"},
+    {"template", "telemetry", "admission", "ledger"},
     {"settings"},
     {"engine"},
     {"generate"},

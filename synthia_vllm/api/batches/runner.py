@@ -36,6 +36,7 @@ from synthia_vllm.api.batches.protocol import (
 from synthia_vllm.errors import ApiError, EngineDead, EngineFault, InvalidRequest, Unavailable
 from synthia_vllm.generate.call import Call
 from synthia_vllm.generate.response import ResponseCollector, ResponseState
+from synthia_vllm.ledger.rows import UNKNOWN, Used
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ROUTE: Final = "/v1/batches"
+"""What the ledger calls the route of a line, whatever its url."""
 _LOOK_S: Final = 1.0  # for new batches, for those to be cancelled, for the time that is over
 _PACE_S: Final = 0.2
 _REMOVE_S: Final = 3600.0
@@ -58,6 +61,17 @@ _TRIES: Final = 3
 _PLACES_TO_A_FREE_ONE: Final = 64
 
 
+@dataclass(slots=True)
+class _Result:
+    """A line that was answered, or failed."""
+
+    kind: str
+    id: str
+    status: int
+    text: bytes
+    used: Used
+
+
 @dataclass(slots=True, eq=False)
 class _Work:
     """A batch that is being run here."""
@@ -66,7 +80,7 @@ class _Work:
     lines: deque[Line] = field(default_factory=deque)
     read_all: bool = False
     running: int = 0
-    results: list[tuple[str, bytes]] = field(default_factory=list)
+    results: list[_Result] = field(default_factory=list)
     tries: dict[str, int] = field(default_factory=dict)
     """By id: how often the engine has failed at a line."""
     stop: str | None = None
@@ -240,10 +254,11 @@ class BatchRunner:
     async def _answer(self, work: _Work, line: Line) -> None:
         """Have `line` answered, and note the result; cancelled, it is as if it had not begun."""
         name = f"batch_req_{uuid.uuid4().hex}"
+        began = time.perf_counter()
+        ran: list[ResponseState] = []
         try:
-            response = LineResponse(
-                status_code=200, request_id=name, body=await self._body(name, work, line)
-            )
+            body = await self._body(name, work, line, ran)
+            response = LineResponse(status_code=200, request_id=name, body=body)
             kind = "output"
         except (EngineDead, Unavailable):
             work.lines.append(line)
@@ -268,10 +283,22 @@ class BatchRunner:
                 body=self._routes[line.url].envelope(EngineFault(), name),
             )
             kind = "errors"
-        self._note(work, kind, LineResult(id=name, custom_id=line.custom_id, response=response))
+        result = LineResult(id=name, custom_id=line.custom_id, response=response)
+        used = Used(
+            user=work.job.user,
+            model=ran[0].prepared.model if ran else UNKNOWN,
+            route=ROUTE,
+            refused=kind == "errors",
+            prompt_tokens=ran[0].prompt_tokens if ran else 0,
+            cached_tokens=ran[0].cached_tokens if ran else 0,
+            answer_tokens=ran[0].answer_tokens if ran else 0,
+            seconds=time.perf_counter() - began,
+        )
+        text = to_json(result) + b"\n"
+        self._note(work, _Result(kind, name, response.status_code, text, used))
 
-    async def _body(self, name: str, work: _Work, line: Line) -> object:
-        """What the line's route answers. Raises `ApiError`."""
+    async def _body(self, name: str, work: _Work, line: Line, ran: list[ResponseState]) -> object:
+        """What the line's route answers; `ran` is given what ran for it. Raises `ApiError`."""
         state, route = self._state, self._routes[line.url]
         users, user = state.admission, work.job.user
         permit = BatchPermit(users, user, users.user(user), state.settings.limits.max_requests)
@@ -284,6 +311,7 @@ class BatchRunner:
                 code="unsupported_parameter",
             )
         response = ResponseState(prepared, name, fingerprint=state.fingerprint)
+        ran.append(response)
         collector = ResponseCollector(response)
         try:
             async with prepared.submit(state.engine, collector):
@@ -295,8 +323,9 @@ class BatchRunner:
             self._had[user] = self._had.get(user, 0.0) + tokens / weight
         return route.body(response, choices)
 
-    def _note(self, work: _Work, kind: str, result: LineResult) -> None:
-        work.results.append((kind, to_json(result) + b"\n"))
+    def _note(self, work: _Work, result: _Result) -> None:
+        work.results.append(result)
+        kind = result.kind
         counts = work.job.batch.request_counts
         if kind == "output":
             counts.completed += 1
@@ -377,13 +406,32 @@ class BatchRunner:
         for work in list(self._works):
             results, work.results = work.results, []
             for kind in ("output", "errors"):
-                lines = [line for its, line in results if its == kind]
-                if lines and not await self._on_disk(work, work.job.write, kind, lines):
-                    work.results += [(kind, line) for line in lines]
+                of_kind = [result for result in results if result.kind == kind]
+                if of_kind and not await self._on_disk(work, self._keep, work, kind, of_kind):
+                    work.results += of_kind
             work.changed = work.changed or bool(results)
             over = work.stop is not None or (work.read_all and not work.lines)
             if over and not work.running and not work.results:
                 await self._end(work)
+
+    def _keep(self, work: _Work, kind: str, results: list[_Result]) -> None:
+        """Write results down; what is on the disk is not run again, and so counts once."""
+        work.job.write(kind, [result.text for result in results])
+        for result in results:
+            used = result.used
+            fields = {
+                "id": result.id,
+                "batch": work.job.batch.id,
+                "user": used.user,
+                "model": used.model,
+                "status": result.status,
+                "prompt_tokens": used.prompt_tokens,
+                "cached_tokens": used.cached_tokens,
+                "answer_tokens": used.answer_tokens,
+                "total_ms": round(1e3 * used.seconds),
+            }
+            logger.info("batch line", extra={"fields": fields})
+            self._state.account(used)
 
     async def _end(self, work: _Work) -> None:
         job = work.job
