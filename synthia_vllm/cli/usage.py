@@ -63,12 +63,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Show it; return the exit code. Raises `StartupError`."""
     since = until = None
+    name = "--by"
     try:
-        name, groups = "--by", parse_groups(args.by, GROUPS)
+        groups = parse_groups(args.by, GROUPS)
+        name = "--since"
         if args.since is not None:
-            name, since = "--since", parse_time(args.since)
+            since = parse_time(args.since)
+        name = "--until"
         if args.until is not None:
-            name, until = "--until", parse_time(args.until, end=True)
+            until = parse_time(args.until, end=True)
     except ValueError as error:
         raise StartupError(f"{name}: {error}.") from None
     from synthia_vllm.ledger.database import Away

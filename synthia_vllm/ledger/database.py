@@ -27,6 +27,7 @@ from sqlalchemy import (
     create_engine,
     delete,
     func,
+    inspect,
     select,
     text,
 )
@@ -93,7 +94,6 @@ class Database:
                 pool_size=1,
                 max_overflow=0,
                 pool_timeout=_SECONDS,
-                pool_pre_ping=True,
                 # Statements prepared in a connection are not there in a pooler's next one.
                 connect_args={"connect_timeout": _SECONDS, "prepare_threshold": None},
             )
@@ -119,7 +119,8 @@ class Database:
                 set_={"sequence": sequence},
                 where=_writers.c.sequence < sequence,
             )
-            if connection.execute(mark).rowcount == 0:
+            counted = {"preserve_rowcount": True}
+            if connection.execute(mark.inline(), execution_options=counted).rowcount == 0:
                 return
             adding = self._insert(_usage)
             adding = adding.on_conflict_do_update(
@@ -192,8 +193,10 @@ class Database:
             connection.exec_driver_sql("PRAGMA journal_mode=WAL")
         else:
             connection.execute(text(f"SELECT pg_advisory_xact_lock({_LOCK})"))
+        there = inspect(connection).get_table_names()
         for table in _metadata.sorted_tables:
-            connection.execute(CreateTable(table, if_not_exists=True))
+            if table.name not in there:  # somebody with the right to may have made it
+                connection.execute(CreateTable(table, if_not_exists=True))
         self._made = True
 
     @contextmanager

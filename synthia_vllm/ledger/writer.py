@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -97,7 +98,13 @@ class Ledger:
         most: int,
     ) -> list[dict[str, Any]]:
         """As `Database.totals`. Raises `Away`."""
-        return self._reader.totals(by, since=since, until=until, user=user, most=most)
+        from synthia_vllm.ledger.database import Away
+
+        wanted = partial(self._reader.totals, by, since=since, until=until, user=user, most=most)
+        try:
+            return wanted()
+        except Away:  # the connection may have been closed since it was used last
+            return wanted()
 
     def close(self) -> None:
         """Write what is left: to the database, or else to the journal."""

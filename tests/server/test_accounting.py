@@ -42,6 +42,13 @@ def books(live: Running) -> dict[str, float]:
     return found
 
 
+def ledger(live: Running) -> dict[str, float]:
+    """What was counted of the user that all are without keys, by the ledger."""
+    told = httpx.get(f"{live.url}/v1/usage", params={"by": "route"}).json()["data"]
+    names = ("requests", "prompt_tokens", "answer_tokens")
+    return {name: sum(row[name] for row in told) for name in names}
+
+
 def leave(live: Running, path: str, body: dict[str, Any]) -> None:
     """Ask, and hang up when some tokens have run."""
     before = books(live)["vllm answer"]
@@ -98,8 +105,8 @@ CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
     ],
 )
 def test_the_books_agree(live: Running, end: Any, path: str, body: dict[str, Any]) -> None:
-    """The edge has counted the tokens that vLLM has, to the token."""
-    before = books(live)
+    """The edge has counted the tokens that vLLM has, to the token, and so has the ledger."""
+    before, written = books(live), ledger(live)
     end(live, path, body)
     wait_until(lambda: live.app.server_state.in_flight == 0)
 
@@ -110,3 +117,7 @@ def test_the_books_agree(live: Running, end: Any, path: str, body: dict[str, Any
     assert gone("answer") > 0
     # vLLM runs, and counts, a prompt once for each of its answers; here it is counted once.
     assert gone("prompt") * body.get("n", 1) == gone("vllm prompt")
+    wait_until(lambda: ledger(live)["requests"] > written["requests"])
+    for kind in ("prompt", "answer"):
+        name = f"{kind}_tokens"
+        assert ledger(live)[name] - written[name] == gone(kind)

@@ -116,7 +116,8 @@ def pair(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]
     keys = {name: new_key() for name in ("alice", "bob", "carol")}
     file.write_text("users: {}")
     flags = ("--set", f"keys_file={file}", "--set", f"batches.directory={place / 'batches'}")
-    with command(demo, log, "--api-workers", "2", *flags) as (process, url):
+    ledger = ("--set", f"ledger=sqlite:///{place / 'usage.sqlite'}")
+    with command(demo, log, "--api-workers", "2", *flags, *ledger) as (process, url):
         here = Pair(process, url, log, file, keys)
         wait_until(lambda: here.said("2 API processes"))
         here.let_in(alice={"requests_per_minute": 5}, bob={"concurrent_requests": 8}, carol={})
@@ -138,6 +139,23 @@ def test_limits_and_metrics_are_one(pair: Pair) -> None:
     assert values['synthia_user_tokens_total{kind="answer",user="alice"}'] == 25
     refusals = 'synthia_user_refusals_total{code="requests_per_minute",user="alice"}'
     assert values[refusals] == 15
+
+
+def test_the_ledger_is_one(pair: Pair) -> None:
+    """What each process has answered is in it, and a user sees it by whichever it meets."""
+
+    def usage() -> dict[str, int]:
+        told = httpx.get(f"{pair.url}/v1/usage", params={"by": "route"}, headers=pair.key("bob"))
+        [row] = told.json()["data"] or [{"requests": 0}]
+        return dict(row)
+
+    before = usage()["requests"]
+    answers = pair.ask("bob", 8)
+    assert {answer.status_code for answer in answers} == {200}
+    wait_until(lambda: usage()["requests"] == before + 8)
+    told = usage()
+    assert told["answer_tokens"] - 5 * told["requests"] == 0
+    assert series(pair.url)["synthia_ledger_waiting_rows"] == 0
 
 
 def test_batches_outlive_the_process_that_runs_them(pair: Pair) -> None:

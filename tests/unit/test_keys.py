@@ -55,6 +55,42 @@ def test_comments_survive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out == "bob: 1 key(s), weight=0.5\n"
 
 
+def test_what_changes_is_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By the command, and by the server that takes it over: who, and what, and no key or hash."""
+    caplog.set_level("INFO")
+    file = tmp_path / "keys.yaml"
+
+    def audited(logger: str) -> list[dict[str, object]]:
+        found = [
+            vars(record)["fields"]
+            for record in caplog.records
+            if record.name == logger and record.getMessage() == "audit: users"
+        ]
+        caplog.clear()
+        return found
+
+    steps: tuple[tuple[list[object], dict[str, object]], ...] = (
+        (["new", "alice", "--file", file, "--weight", 3],
+         {"change": "added", "keys_added": 1, "keys_removed": 0, "weight": "1 -> 3"}),
+        (["new", "alice", "--file", file, "--models", "b", "a"],
+         {"change": "changed", "keys_added": 1, "keys_removed": 0, "models": "None -> a,b"}),
+        (["remove", "alice", "--file", file],
+         {"change": "removed", "keys_added": 0, "keys_removed": 2}),
+    )  # fmt: skip
+    file.write_text("users: {bob: {}}\n")
+    admission = AdmissionController(file, max_requests=1, max_queue_seconds=1)
+    for arguments, told in steps:
+        assert keys(*arguments) == 0
+        assert audited("synthia_vllm.cli.keys") == [{"user": "alice", **told}]
+        admission.reload_wanted = True
+        assert admission.reload_changed() == "read"
+        assert "sha256" not in caplog.text
+        assert audited("synthia_vllm.admission.users") == [{"user": "alice", **told}]
+    admission.reload_wanted = True
+    admission.reload_changed()
+    assert audited("synthia_vllm.admission.users") == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
