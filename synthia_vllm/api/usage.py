@@ -10,6 +10,7 @@ from starlette.requests import Request  # noqa: TC002  # FastAPI reads the route
 
 from synthia_vllm.errors import InvalidRequest, Unavailable
 from synthia_vllm.generate.protocol import absent
+from synthia_vllm.ledger.database import Away
 from synthia_vllm.ledger.rows import GROUPS, parse_groups, parse_time
 
 if TYPE_CHECKING:
@@ -87,8 +88,6 @@ def attach(app: Application, state: ServerState) -> None:
         groups = _checked("by", by, lambda text: parse_groups(text, _OWN_GROUPS))
         begin = None if since is None else _checked("since", since, parse_time)
         end = None if until is None else _checked("until", until, lambda t: parse_time(t, end=True))
-        from synthia_vllm.ledger.database import Away
-
         as_of = ledger.written_until
         try:
             rows = ledger.totals(

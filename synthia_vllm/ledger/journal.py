@@ -106,8 +106,8 @@ def _lock_of(path: Path) -> Path:
 
 
 def _remove(path: Path, lock: IO[bytes]) -> None:
-    path.unlink(missing_ok=True)
-    _lock_of(path).unlink(missing_ok=True)
+    for each in (path.with_suffix(".part"), path, _lock_of(path)):
+        each.unlink(missing_ok=True)
     lock.close()
 
 

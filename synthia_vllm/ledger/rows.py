@@ -86,6 +86,8 @@ def parse_time(text: str, *, end: bool = False) -> int:
     try:
         moment = datetime.fromisoformat(text)
         seconds = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        rounded = (math.ceil(seconds / HOUR) if end else math.floor(seconds / HOUR)) * HOUR
+        datetime.fromtimestamp(rounded, UTC)  # there are years that only one of them knows
     except (ValueError, OverflowError) as error:
         raise ValueError(f"there is no time {text[:40]!r}") from error
-    return (math.ceil(seconds / HOUR) if end else math.floor(seconds / HOUR)) * HOUR
+    return rounded

@@ -20,15 +20,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sqlalchemy import URL
+
 from synthia_vllm.errors import StartupError
+from synthia_vllm.ledger.database import Away, Database, Unusable
+from synthia_vllm.ledger.journal import Batch, Journal
 from synthia_vllm.ledger.place import DEFAULT, NONE, default_file, parse, state_directory
 from synthia_vllm.ledger.rows import HOUR, Key, Rows, merge
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from synthia_vllm.ledger.database import Database
-    from synthia_vllm.ledger.journal import Adopted, Batch
+    from synthia_vllm.ledger.journal import Adopted
     from synthia_vllm.ledger.rows import Used
 
 logger = logging.getLogger(__name__)
@@ -54,9 +57,6 @@ class Ledger:
         on_waiting: Callable[[int], None],
         on_lost: Callable[[int], None],
     ) -> None:
-        from synthia_vllm.ledger.database import Database
-        from synthia_vllm.ledger.journal import Journal
-
         self._database = database
         self._reader = Database(database.url)
         self._on_waiting = on_waiting
@@ -98,8 +98,6 @@ class Ledger:
         most: int,
     ) -> list[dict[str, Any]]:
         """As `Database.totals`. Raises `Away`."""
-        from synthia_vllm.ledger.database import Away
-
         wanted = partial(self._reader.totals, by, since=since, until=until, user=user, most=most)
         try:
             return wanted()
@@ -120,8 +118,6 @@ class Ledger:
         self._end()
 
     def _flush(self) -> None:
-        from synthia_vllm.ledger.database import Away
-
         now = int(time.time())
         with self._taking:
             rows, self._rows = self._rows, {}
@@ -135,6 +131,9 @@ class Ledger:
             if not self._away:
                 logger.warning("The ledger %s cannot be written: %s.", self._database, error)
             self._away = True
+        except Exception:  # the thread goes on, and so do the others' rows
+            logger.exception("The ledger: a fault of the server's own")
+            self._away = True
         else:
             if self._away:
                 logger.warning("The ledger %s is written again.", self._database)
@@ -146,8 +145,6 @@ class Ledger:
 
     def _put(self, rows: Rows) -> None:
         """Have `rows` wait: with those that were not sent yet, if there are any."""
-        from synthia_vllm.ledger.journal import Batch
-
         room = MAX_ROWS - sum(len(batch.rows) for batch in self._waiting)
         if not self._waiting or self._waiting[-1].tried:
             self._sequence += 1
@@ -191,8 +188,6 @@ class Ledger:
             self._unsaved = True
 
     def _end(self) -> None:
-        from synthia_vllm.ledger.database import Away
-
         for left in (*self._adopted, *([self._journal] if self._journal else ())):
             left.leave()
         try:
@@ -212,10 +207,6 @@ def open_database(setting: str) -> Database | None:
     """
     if setting == NONE:
         return None
-    from sqlalchemy import URL
-
-    from synthia_vllm.ledger.database import Away, Database, Unusable
-
     if setting == DEFAULT:
         file = default_file()
         url = URL.create("sqlite", database=str(file))
