@@ -191,7 +191,9 @@ class Ledger:
         for left in (*self._adopted, *([self._journal] if self._journal else ())):
             left.leave()
         try:
-            if not self._waiting and self._sequence:
+            # What a journal still has must stay known as added.
+            gone = self._saved or self._journal is None
+            if gone and not self._waiting and self._sequence:
                 self._database.forget(self._writer)
         except Away:
             pass  # one line too many

@@ -15,6 +15,7 @@ import pytest
 from serving import wait_until
 
 from synthia_vllm.errors import StartupError
+from synthia_vllm.ledger import journal as journal_module
 from synthia_vllm.ledger import writer
 from synthia_vllm.ledger.database import Away, Database
 from synthia_vllm.ledger.journal import Batch, Journal
@@ -318,6 +319,27 @@ def test_a_disk_that_takes_no_journal(tmp_path: Path, caplog: pytest.LogCaptureF
         wait_until(lambda: not told.waiting)
     assert requests(tmp_path) == 3
     assert caplog.text.count("waits in memory alone") == 1
+
+
+def test_a_journal_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it still has was added, and is not added again by who finds it."""
+    with faulty(tmp_path) as (ledger, database, told):
+        database.before = True
+        use(ledger)
+        wait_until(lambda: told.waiting and left(tmp_path))
+
+        def fails(*_: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(journal_module, "_remove", fails)
+        database.before = False
+        wait_until(lambda: not told.waiting)
+    monkeypatch.undo()
+    monkeypatch.setattr(writer, "_EVERY_S", 0.01)
+    assert left(tmp_path)
+    with faulty(tmp_path) as (_, _, _):
+        wait_until(lambda: not left(tmp_path))
+    assert requests(tmp_path) == 1
 
 
 def test_a_full_disk(tmp_path: Path) -> None:
