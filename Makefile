@@ -55,7 +55,8 @@ test: .venv/.dev .venv/.cluster .venv/.json-schema-suite .venv-clients/.clients 
 # no longer what it is.
 GUARDED := synthia_vllm/engine synthia_vllm/serve synthia_vllm/demo synthia_vllm/api/batches synthia_vllm/cli/{batch,evaluate}.py synthia_vllm/generate \
 	requirements/cpu.txt tests/checkpoints.py tests/server/test_models.py tests/server/test_evaluation.py \
-	synthia_vllm/http config/doors requirements/clients.txt tests/doors.py tests/server/test_doors.py
+	synthia_vllm/{http,admission,ledger} config/doors requirements/clients.txt tests/{doors,replicas}.py \
+	tests/server/test_{doors,whole_fleet}.py
 guarded = $$(git ls-files -z $(GUARDED) | xargs -0 sha256sum | sha256sum)
 
 test-all: .venv/.dev .venv/.cluster .venv/.json-schema-suite .venv-clients/.clients .venv-clients/.node

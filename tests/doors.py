@@ -26,7 +26,7 @@ DOORS = {
     "smg": "smg.sh",
 }
 """Of each door, its file in config/doors."""
-_SERVERS = ("8001", "8002")
+_SERVERS = ("8001", "8002", "8003")
 _FRONT, _FRONT_TLS, _METRICS = "8080", "8443", "29000"
 """The ports in those files."""
 
@@ -41,17 +41,26 @@ def command(file: str) -> str:
 
 def placed(urls: Sequence[str], place: Path, ports: Mapping[str, str]) -> dict[str, str]:
     """Copy config/doors to `place`, with other `ports` and the servers at `urls`; what it was."""
-    servers = {default: url.rpartition(":")[2] for default, url in zip(_SERVERS, urls, strict=True)}
+    servers = {d: url.rpartition(":")[2] for d, url in zip(_SERVERS, urls, strict=False)}
     place.mkdir(parents=True)
     texts = {}
     for original in CONFIG.iterdir():
         texts[original.name] = text = original.read_text()
+        if len(urls) > 2:
+            text = _with_a_third(text)
         copy = place / original.name
         copy.write_text(
             re.sub(r"\b\d+\b", lambda port: ({**ports, **servers}).get(port[0], port[0]), text)
         )
         copy.chmod(original.stat().st_mode)
     return texts
+
+
+def _with_a_third(text: str) -> str:
+    """A configuration with one server more: a line of its own, or a word in the one for all."""
+    second, third = _SERVERS[1:]
+    text = re.sub(rf"(http://\S+:){second}", rf"\g<1>{second} \g<1>{third}", text)
+    return re.sub(rf"(?m)^(.*port_value: ){second}(.*)$", rf"\g<1>{second}\2\n\g<1>{third}\2", text)
 
 
 @contextmanager
@@ -66,7 +75,7 @@ def opened(
     line = command(file)
     ports = {default: str(free_port()) for default in (_FRONT, _FRONT_TLS, _METRICS)}
     copies = placed(urls, place / "config" / "doors", ports)
-    assert {_FRONT, *_SERVERS} <= {
+    assert {_FRONT, *_SERVERS[:2]} <= {
         port for copy in copies if copy in line for port in re.findall(r"\d+", copies[copy])
     }
     log = place / "door.log"

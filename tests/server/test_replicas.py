@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import httpx
 from chat_api import BODY, key_file
-from processes import status
-from serving import free_port, wait_until
+from replicas import Replica
+from serving import wait_until
 from valkey_server import Server, valkey_server
 
 from synthia_vllm.admission.fleet import _HOLD_SECONDS
@@ -22,44 +18,16 @@ from synthia_vllm.admission.line import LEASE, REPLICAS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-FAKE_SERVER = Path(__file__).parent.parent / "fake_server.py"
 MOST = 6
 BESIDE = MOST + MOST // 2  # without Valkey: what one held, and beside it the other's part
 A_MINUTE = 120
 
 
-class Replica:
-    """A server of its own process, over an engine that takes 0.6 s for an answer."""
-
-    def __init__(self, place: Path, valkey: Server) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.place = place
-        place.mkdir()
-        settings = {"keys_file": str(place.parent / "keys.yaml"), "accounts": valkey.url}
-        self._log = (place / "log").open("w")
-        self.process = subprocess.Popen(
-            [sys.executable, str(FAKE_SERVER), str(self.port), str(place), "0.15",
-             json.dumps(settings)],
-            stderr=self._log,
-        )  # fmt: skip
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self._log.close()
-
-    @property
-    def was_alone(self) -> bool:
-        """Whether it ever decided without Valkey, which a busy machine can make too slow."""
-        return "not shared" in (self.place / "log").read_text()
-
-    def gauge(self, name: str) -> float:
-        """Its series of this name, which has one sample."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
-        [value] = [line.split()[-1] for line in lines if line.startswith(name + "{")]
-        return float(value)
+def was_alone(replica: Replica) -> bool:
+    """Whether it ever decided without Valkey, which a busy machine can make too slow."""
+    return "not shared" in replica.log
 
 
 class Flood:
@@ -120,9 +88,11 @@ class Flood:
 @contextmanager
 def fleet(place: Path, valkey: Server, number: int) -> Iterator[list[Replica]]:
     """So many servers, ready and known to each other."""
-    replicas = [Replica(place / f"replica{i}", valkey) for i in range(number)]
+    settings = {"keys_file": str(place / "keys.yaml"), "accounts": valkey.url}
+    replicas = [Replica(place / f"replica{i}", settings) for i in range(number)]
     try:
-        wait_until(lambda: all(status(f"{r.url}/ready") == 200 for r in replicas))
+        for replica in replicas:
+            replica.wait_ready()
         wait_until(lambda: all(r.gauge("synthia_accounts_replicas") == number for r in replicas))
         yield replicas
     finally:
@@ -154,7 +124,7 @@ def test_limits_hold_while_replicas_and_valkey_are_killed(tmp_path: Path) -> Non
             assert time.monotonic() - dead_at < 2 * LEASE
             so_far = len(wide.running)
             wait_until(lambda: len(wide.running) >= so_far + 4 * MOST)
-        alone = any(replica.was_alone for replica in replicas)
+        alone = any(map(was_alone, replicas))
         assert MOST <= wide.most_at_a_time() <= (BESIDE if alone else MOST)
         survivors = (first.url, second.url)
         for flood in (wide, often):
