@@ -34,7 +34,7 @@ class Server:
              "--appendonly", "no", "--enable-debug-command", "yes", *self.options],
             stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_until(self._answers, 10)
+        wait_until(self._answers)
 
     def signal(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -61,8 +61,8 @@ class Server:
 def valkey_server(*options: str) -> Iterator[Server]:
     """A running one; nothing of it is left behind."""
     server = Server(options)
-    server.start()
     try:
+        server.start()
         yield server
     finally:
         server.signal(signal.SIGCONT)
