@@ -334,7 +334,7 @@ class FleetController(AdmissionController):
             account.charged = account.uncharged = 0.0
             account.others = None
             self._level_with_part(account, now)
-        logger.info("Limits hold over %d replicas, by %s.", replicas, self._address)
+        logger.info("Limits hold over all replicas, now %d, by %s.", replicas, self._address)
         self._reachable = True
         self._note_replicas(replicas)
 
@@ -348,7 +348,7 @@ class FleetController(AdmissionController):
         self._hold_until = math.inf
         if reason and self._reachable is not False:
             logger.warning(
-                "Limits are not shared while %s cannot be asked (%s): each of %d replicas gives"
+                "Limits are not shared while %s cannot be asked (%s): each replica, of %d, gives"
                 " its part.",
                 self._address,
                 reason,
