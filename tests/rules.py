@@ -348,6 +348,17 @@ def monitors_are_found(installation: Installation) -> Iterator[str]:
 
 
 @rule
+def rules_are_of_this_installation(installation: Installation) -> Iterator[str]:
+    """Each selector names its namespace, or every installation would compute for all."""
+    for found in installation.of("PrometheusRule"):
+        for group in found["spec"]["groups"]:
+            for each in group["rules"]:
+                own = f'namespace="{NAMESPACE}", job="synthia-vllm"'
+                if each["expr"].count('job="synthia-vllm"') != each["expr"].count(own):
+                    yield f"{each.get('record') or each.get('alert')} is of all namespaces"
+
+
+@rule
 def what_several_share_is_shared(installation: Installation) -> Iterator[str]:
     """Accounts and ledger by a URL from a Secret, to a port that is open; else none is kept."""
     scaled = installation.of("ScaledObject", "HorizontalPodAutoscaler")

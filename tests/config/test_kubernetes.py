@@ -277,6 +277,13 @@ BREAKS: list[tuple[str, str, Callable[[Installation], object]]] = [
         lambda i: first(i, "PrometheusRule")["metadata"]["labels"].update(release="mine"),
     ),
     (
+        "rules_are_of_this_installation",
+        "keda",
+        lambda i: first(i, "PrometheusRule")["spec"]["groups"][0]["rules"].append(
+            {"record": "a", "expr": 'up{job="synthia-vllm"}'}
+        ),
+    ),
+    (
         "monitors_are_found",
         "keda",
         lambda i: first(i, "ScaledObject")["spec"]["fallback"].update(replicas=4),

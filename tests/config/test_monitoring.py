@@ -16,7 +16,7 @@ import pytest
 import yaml
 from dashboard import FILE, Query, defaults, filled, queries
 from leads import LOAD_LATE
-from manifests import NAMESPACE, render
+from manifests import render
 from processes import LONG, command
 from prometheus_client import CollectorRegistry
 from promql import Selector, selectors
@@ -168,15 +168,13 @@ def scalings() -> dict[str, tuple[str, float]]:
     """What the autoscalers ask Prometheus, and how much of it each server is to have."""
     [keda] = render("keda").of("ScaledObject")
     [trigger] = keda["spec"]["triggers"]
-    # The scrape here is not of a cluster, so its series have no namespace.
-    query = trigger["metadata"]["query"].replace(f'namespace="{NAMESPACE}", ', "")
-    assert query != trigger["metadata"]["query"]
+    query = trigger["metadata"]["query"]
     [hpa] = render("hpa").of("HorizontalPodAutoscaler")
     [external] = [metric["external"] for metric in hpa["spec"]["metrics"]]
     [rule] = yaml.safe_load((CONFIG / "prometheus/adapter.yaml").read_text())["externalRules"]
     assert external["metric"] == {"name": rule["name"]["as"]}
     [series] = re.findall(r'__name__="([^"]+)"', rule["seriesQuery"])
-    [load] = selectors(trigger["metadata"]["query"])
+    [load] = selectors(query)
     # The adapter adds the namespace of whoever asks, where KEDA has to be told it.
     asked = rule["metricsQuery"].replace("<<.LabelMatchers>>", load.matchers[1:-1])
     assert [selector.name for selector in selectors(asked)] == [series] == [load.name]
