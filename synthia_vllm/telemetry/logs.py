@@ -67,8 +67,11 @@ def configure(level: str, form: Literal["human", "json"]) -> None:
     if form == "json":
         handler = json_handler()
         logging.captureWarnings(True)
-    # Forced: a forked process may have the log of the one that it is forked from.
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    root = logging.getLogger()
+    for old in root.handlers[:]:  # a forked process has the log of the one that it is forked from
+        if isinstance(old.formatter, HumanFormatter | JsonFormatter):
+            root.removeHandler(old)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 

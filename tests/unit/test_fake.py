@@ -18,4 +18,5 @@ if TYPE_CHECKING:
 def test_contract(check: Callable[[FakeEngine], Any]) -> None:
     """The same checks as for the real engine, see tests/server/test_engine.py."""
     pieces = (" Orcas", " are", " large", ".", "\nUS", "ER", ": And", " then?")
-    asyncio.run(check(FakeEngine(pieces, delay=0.005)))
+    # Slow enough that a busy machine leaves a request while it runs.
+    asyncio.run(check(FakeEngine(pieces, delay=0.03)))
