@@ -92,6 +92,7 @@ def _valkey_url(url: str) -> str:
             and bool(address.hostname)
             and address.port != 0
             and re.fullmatch(r"/?\d*", address.path)
+            and not re.search(r"\s", url)  # as it could not be told from a password's end
         )
     except ValueError:
         valid = False

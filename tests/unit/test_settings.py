@@ -110,6 +110,7 @@ def test_errors_name_key_value_and_source(
         "valkey://:sesame/with/slashes@valkey:6379/0",
         "valkey://u:" + 80 * "sesame" + "@valkey:99999/0",
         "valkey://u:sesame@:6379",
+        "valkey://u:sesame street@valkey:6379/0",
     ],
 )
 def test_no_password_is_shown(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
