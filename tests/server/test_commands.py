@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NEEDS = {
     "docker", "docker and a GPU", "docker and a cluster", "a cluster", "a cluster with a GPU",
+    "a cluster with three GPUs",
     "minutes to an hour", "the tasks' data, from the internet",
     "two servers behind it",  # run by test_doors.py
 }  # fmt: skip

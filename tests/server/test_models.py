@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from processes import command
 from vllm.tokenizers import get_tokenizer
 
 from synthia_vllm.demo.training import dialogues, mistral_tokenizer
+from synthia_vllm.engine.vllm import watchdog
 from synthia_vllm.engine.vllm.hub import check_model, quantisation
 from synthia_vllm.engine.vllm.options import engine_args
 from synthia_vllm.engine.vllm.tokenizer import Tokenizer, encoders
@@ -325,8 +327,12 @@ def test_quantised(kind: str, demo: Path, tmp_path: Path) -> None:
     assert same > 0.8 * len(KNOWN)
 
 
-def test_fp8_reaches_the_engine(demo: Path, tmp_path: Path) -> None:
+def test_fp8_reaches_the_engine(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The CPU build has no kernels for it; vLLM's own configuration shows that it understood."""
+    # vLLM loads plugins once in a process, here or for an engine that is started in it later.
+    monkeypatch.setenv(watchdog.SERVER, str(os.getpid()))
     write_quantised(demo, tmp_path, "compressed-tensors fp8")
     write_tokenizer(tmp_path)
     found = engine_args(str(tmp_path), {}).create_engine_config()
