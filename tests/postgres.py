@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,8 @@ class Postgres:
         assert self.process is not None
         below = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         for pid in (self.process.pid, *map(int, below.split())):
-            os.kill(pid, what)
+            with suppress(ProcessLookupError):  # one whose connection has ended meanwhile
+                os.kill(pid, what)
 
     def ask(self, query: str) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.address) as connection:
