@@ -6,15 +6,34 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import httpx
 from processes import status
 from serving import free_port, wait_until
 
 _FAKE_SERVER = Path(__file__).with_name("fake_server.py")
+
+
+class Clients:
+    """Threads that each ask until the context ends."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Self:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        for thread in self.threads:
+            thread.join()
 
 
 @dataclass

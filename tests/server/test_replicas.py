@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import httpx
 from chat_api import BODY, key_file
-from replicas import Replica
+from replicas import Clients, Replica
 from serving import wait_until
 from valkey_server import Server, valkey_server
 
@@ -30,34 +30,24 @@ def was_alone(replica: Replica) -> bool:
     return "not shared" in replica.log
 
 
-class Flood:
+class Flood(Clients):
     """Clients of one user at every replica, who ask again at once; what came of it."""
 
     def __init__(self, replicas: list[Replica], headers: dict[str, str], clients: int) -> None:
+        super().__init__()
         self.statuses: dict[str, list[int]] = {replica.url: [] for replica in replicas}
         self.running: list[tuple[float, float]] = []
         """From when to when answers were surely in the making."""
-        self._over = threading.Event()
         self._headers = headers
-        self._threads = [
+        self.threads = [
             threading.Thread(target=self._ask, args=(replica.url,))
             for replica in replicas
             for _ in range(clients)
         ]
 
-    def __enter__(self) -> Flood:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
-
     def _ask(self, url: str) -> None:
         with httpx.Client(base_url=url, headers=self._headers, timeout=30) as client:
-            while not self._over.is_set():
+            while not self.over.is_set():
                 try:
                     with client.stream(
                         "POST", "/v1/chat/completions", json=BODY | {"stream": True}

@@ -18,7 +18,7 @@ import pytest
 from chat_api import BODY, events, key_file
 from doors import DOORS, opened
 from postgres import postgres
-from replicas import Replica
+from replicas import Clients, Replica
 from serving import wait_until
 from valkey_server import valkey_server
 
@@ -47,27 +47,17 @@ class Outcome:
     """What it says that is no answer."""
 
 
-class Load:
+class Load(Clients):
     """Clients of all users at all doors, plain and streamed, who ask again at once."""
 
     def __init__(self, doors: Sequence[str], keys: dict[str, dict[str, str]]) -> None:
+        super().__init__()
         self.outcomes: list[Outcome] = []
-        self._over = threading.Event()
         kinds = itertools.product(doors, keys.items(), (False, True))
-        self._threads = [
+        self.threads = [
             threading.Thread(target=self._ask, args=(door, *who, stream))
             for door, who, stream in kinds
         ]
-
-    def __enter__(self) -> Load:
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
-            thread.join()
 
     def wait_answered(self, number: int) -> None:
         """Return when so many more have been answered."""
@@ -96,7 +86,7 @@ class Load:
         if stream:
             body["stream_options"] = {"include_usage": True}
         with httpx.Client(base_url=door, headers=headers, timeout=60) as client:
-            while not self._over.is_set():
+            while not self.over.is_set():
                 outcome = Outcome(door, user, time.monotonic(), 0.0, 0)
                 with suppress(httpx.TransportError):
                     response = client.post("/v1/chat/completions", json=body)
