@@ -643,6 +643,7 @@ WRONG: list[tuple[Object, list[str]]] = [
         ["monitoring.enabled"],
     ),
     ({"model": {"path": "Synthia"}}, ["storage.models.existingClaim"]),
+    ({"gpus": 3}, ["gpus", "1, 2, 4, 8"]),
     ({"nodes": 2, "gpus": 0, "storage": {"accessMode": "ReadWriteMany"}}, ["nodes:"]),
 ]
 
