@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 
 from synthia_vllm.engine.base import Grammar
 from synthia_vllm.engine.grammar_checker import GrammarChecker
+from synthia_vllm.engine.vllm import watchdog
 from synthia_vllm.engine.vllm.options import check_options
 from synthia_vllm.errors import InvalidRequest
 
@@ -137,12 +140,19 @@ def test_a_grammar_at_its_limits_is_the_clients_error(live: Running) -> None:
     assert "grammar_too_complex" in post(live, body | {"stream": True}).text
 
 
-def test_vllm_checks_no_grammar_in_the_servers_process(live: Running) -> None:
+def test_vllm_checks_no_grammar_in_the_servers_process(
+    live: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The names by which it is told not to are there, and the engine's backend is ours."""
     from vllm.v1.engine import core
 
     assert live.engine._llm.input_processor.structured_outputs_config is None  # type: ignore[attr-defined]
-    # Loaded as a plugin here as in the engine core.
+    # Loaded as vLLM loads it into the engine core; into this process it may have done so before
+    # there was a server, for another test.
+    monkeypatch.setenv(watchdog.SERVER, str(os.getpid()))
+    monkeypatch.setattr(core, "StructuredOutputManager", core.StructuredOutputManager)
+    plugins = metadata.entry_points(group="vllm.general_plugins")
+    plugins["synthia-vllm-grammars"].load()()
     assert core.StructuredOutputManager.__module__ == "synthia_vllm.engine.vllm.grammar"
     with pytest.raises(Exception, match="structured_outputs_config cannot be changed"):
         check_options({"structured_outputs_config": {"backend": "xgrammar"}})
