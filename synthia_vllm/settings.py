@@ -155,6 +155,7 @@ class Settings(_Section):
     cors_origins: tuple[str, ...] = ()
     keepalive_seconds: float = Field(3900.0, gt=0)
     sse_keepalive_seconds: float = Field(0.0, ge=0)
+    stream_pace_ms: float = Field(20.0, ge=0, le=1000)
     transcripts: Transcript = Transcript()
     batches: Batches = Batches()
     ledger: Annotated[

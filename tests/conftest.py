@@ -49,7 +49,7 @@ def live(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runni
     """The server as `synthia-vllm serve --model demo` runs it, inside this process."""
     # One that tests have started before has not the environment that the engine's own is to have.
     forkserver._forkserver._stop()  # type: ignore[attr-defined]  # made for tests
-    engine = VllmEngine(str(demo), {}, name="synthia-demo")
+    engine = VllmEngine(str(demo), {}, name="synthia-demo", stream_pace=0.02)
     batches = Batches(directory=tmp_path_factory.mktemp("batches"))
     with running(engine, registry=REGISTRY, batches=batches) as here:
         yield here

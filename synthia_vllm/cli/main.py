@@ -226,7 +226,12 @@ def _serve_alone(settings: Settings, model: str, progress: logs.Progress) -> int
         if server is not None:
             server.should_exit = True
 
-    engine = VllmEngine(model, settings.engine, name=settings.base_name)
+    engine = VllmEngine(
+        model,
+        settings.engine,
+        name=settings.base_name,
+        stream_pace=settings.stream_pace_ms / 1000,
+    )
     app = create_app(
         engine,
         settings,

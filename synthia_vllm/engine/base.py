@@ -170,10 +170,11 @@ class Sink(Protocol):
     to wake up for each. The methods are called on the event loop, return at once and never raise.
     """
 
-    def put(self, output: Output, cached_tokens: int) -> None:
+    def put(self, output: Output, cached_tokens: int) -> bool:
         """Take the next output; the last one of each choice carries its `finish_reason`.
 
-        `cached_tokens` is how many of the prompt's tokens the prefix cache served.
+        `cached_tokens` is how many of the prompt's tokens the prefix cache served. Returns whether
+        a reader has text of it: what comes next for that choice may then wait for more.
         """
 
     def fail(self, error: ApiError) -> None:

@@ -88,7 +88,7 @@ class _Part:
         self._sink = sink
         self._first = first
 
-    def put(self, output: Output, cached_tokens: int) -> None:
+    def put(self, output: Output, cached_tokens: int) -> bool:
         moved = _Moved(
             self._first + output.index,
             output.text,
@@ -97,7 +97,7 @@ class _Part:
             output.finish_reason,
             output.stop_reason,
         )
-        self._sink.put(moved, cached_tokens)
+        return self._sink.put(moved, cached_tokens)
 
     def fail(self, error: ApiError) -> None:
         self._sink.fail(error)
@@ -305,18 +305,19 @@ class ResponseCollector:
         self._error: Exception | None = None
         self._over = asyncio.Event()
 
-    def put(self, output: Output, cached_tokens: int) -> None:
+    def put(self, output: Output, cached_tokens: int) -> bool:
         """Take what the engine says next."""
         try:
             delta = self._state.take(output, cached_tokens)
         except Exception as error:  # the caller serves every other request, too
             self._end(error)
-            return
+            return False
         if delta is not None:
             before = self._deltas.get(delta.choice)
             self._deltas[delta.choice] = delta if before is None else before.then(delta)
         if not self._state.open_choices:
             self._over.set()
+        return False
 
     def fail(self, error: ApiError) -> None:
         """End with `error`."""

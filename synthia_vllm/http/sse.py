@@ -64,7 +64,7 @@ class WriteBatcher:
         self.gaps = 0
         """Rounds so far, which are steps of the engine where the loop keeps up."""
         self.latest_gaps: deque[float] = deque(maxlen=_GAPS_AT_ONCE)
-        """Seconds that one stream in each of the latest had waited for its text."""
+        """Seconds that one stream in each of the latest had waited for a token."""
 
     def add(self, stream: Stream) -> None:
         """Have `stream` flushed in this round."""
@@ -129,22 +129,22 @@ class Stream:
         self._last_text: float | None = None
         self._gaps: list[float] = []
         self.gap = 0.0
-        """Seconds between the last text and the one before it."""
+        """Seconds between the last text and the one before it, for each token of it."""
 
-    def put(self, output: Output, cached_tokens: int) -> None:
+    def put(self, output: Output, cached_tokens: int) -> bool:
         """Take what the engine says next."""
         try:
             delta = self._state.take(output, cached_tokens)
         except ApiError as error:
             self.fail(error)
-            return
+            return False
         except Exception:  # the caller serves every other request, too
             self._break()
-            return
+            return False
         if delta is None:
-            return
+            return False
         if delta.text:
-            self._note_text()
+            self._note_text(len(output.token_ids))
         kept = self._kept
         before = kept.get(delta.choice)
         if before is not None:
@@ -155,6 +155,7 @@ class Stream:
             kept[delta.choice] = delta
         if self._direct is None or not self._state.open_choices:
             self._wake_up()
+        return bool(delta.text)
 
     def fail(self, error: ApiError) -> None:
         """End the stream with `error`, after what was kept."""
@@ -211,14 +212,15 @@ class Stream:
         kept, self._kept = self._kept, {}
         return b"".join([self.events.delta(delta) for delta in kept.values()])
 
-    def _note_text(self) -> None:
+    def _note_text(self, tokens: int) -> None:
         now = time.perf_counter()
         if self._last_text is None:
             self._state.first_text_at = now
             self._series.time_to_first_token.observe(now - self._arrived)
         else:
-            self.gap = now - self._last_text
-            self._gaps.append(self.gap)
+            gap = now - self._last_text
+            self.gap = gap / tokens if tokens else gap
+            self._gaps.append(gap)
             if len(self._gaps) == _GAPS_AT_ONCE:
                 self.count()
         self._last_text = now

@@ -295,6 +295,7 @@ def run_worker(job: _Job) -> None:
         settings.engine,
         job.client,
         name=settings.base_name,
+        stream_pace=settings.stream_pace_ms / 1000,
         on_runs=lambda ids: admission.tell("runs", ids),
         on_ran=lambda ids: admission.tell("ran", ids),
     )

@@ -43,7 +43,10 @@ class BulkHistogram(Histogram):
 
     def observe_all(self, amounts: Sequence[float]) -> None:
         """The same as `observe` for each of `amounts`."""
-        counts = Counts(bisect_left(self._upper_bounds, amount) for amount in amounts)
+        counts: dict[int, int] = {}
+        for amount, count in Counts(amounts).items():  # of a step's gaps most are the same
+            bucket = bisect_left(self._upper_bounds, amount)
+            counts[bucket] = counts.get(bucket, 0) + count
         for bucket, count in counts.items():
             self._buckets[bucket].inc(count)
         self._sum.inc(sum(amounts))

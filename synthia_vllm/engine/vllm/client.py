@@ -31,6 +31,8 @@ from synthia_vllm.engine.vllm.launch import (
     prepare_process,
 )
 from synthia_vllm.engine.vllm.options import engine_args, shared_config, versions
+from synthia_vllm.engine.vllm.outputs import OutputPath
+from synthia_vllm.engine.vllm.pace import Pace
 from synthia_vllm.engine.vllm.request import RunningRequest
 from synthia_vllm.engine.vllm.sampling_params import sampling_params
 from synthia_vllm.engine.vllm.telemetry import stat_logger, trace_phases
@@ -48,11 +50,12 @@ class VllmEngine:
     """vLLM, started with `model` (a hub name or directory) and `options` of `AsyncEngineArgs`.
 
     With a `client_config`, it is one of several clients of engine cores that run already. vLLM's
-    series call it by `name`. `on_runs` is called with vLLM's ids of a request when it has been
-    taken, `on_ran` when it is over.
+    series call it by `name`. `stream_pace` is `Pace.seconds`. `on_runs` is called with vLLM's ids
+    of a request when it has been taken, `on_ran` when it is over.
     """
 
-    _tokenizer: Tokenizer  # as soon as the model is loaded
+    _tokenizer: Tokenizer  # as soon as the model is loaded, as is
+    _path: OutputPath
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class VllmEngine:
         client_config: EngineClientConfig | None = None,
         *,
         name: str | None = None,
+        stream_pace: float = 0.0,
         on_runs: Callable[[Sequence[str]], None] = lambda _ids: None,
         on_ran: Callable[[Sequence[str]], None] = lambda _ids: None,
     ) -> None:
@@ -68,6 +72,7 @@ class VllmEngine:
         self._options = dict(options)
         self._client_config = client_config
         self._name = name
+        self._stream_pace = stream_pace
         self._on_runs = on_runs
         self._on_ran = on_ran
         self._llm: Any = None
@@ -162,6 +167,7 @@ class VllmEngine:
         self._takes_priority = scheduler.policy == "priority"
         if llm.output_processor.tracing_enabled:
             trace_phases(llm.output_processor)
+        self._path = OutputPath(llm.output_processor, Pace(self._stream_pace))
         # Asked for with each request, and found anew by transformers, in 20 µs.
         # vLLM internal: `vllm.renderers.base.BaseRenderer.get_eos_token_id`.
         end_of_text = llm.renderer.get_eos_token_id()
@@ -205,7 +211,7 @@ class VllmEngine:
         request_id = f"{request.request_id}-{next(self._numbers)}"
         if request.sampling.grammar is not None and self._grammars is not None:
             await self._grammars.check(request.sampling.grammar, request.priority)
-        run = RunningRequest(sink, request.on_prompt)
+        run = RunningRequest(self._path, sink, request.on_prompt)
         try:
             try:
                 collector = await llm.add_request(
@@ -221,7 +227,7 @@ class VllmEngine:
             # vLLM internal: `vllm.v1.engine.output_processor.OutputProcessor.external_req_ids`.
             ids = list(llm.output_processor.external_req_ids.get(request_id, ()))
             self._on_runs(ids)
-            run.intercept(llm, request_id, collector, self._tokenizer.texts, request.sampling)
+            run.intercept(request_id, collector, self._tokenizer.texts, request.sampling)
             try:
                 yield
             finally:

@@ -102,6 +102,21 @@ class TableDetokenizer:
                     break
         return None
 
+    def extend(self, new_token_ids: list[int]) -> bool:
+        """Take the next tokens, if no stop string can end in them; else they are `update`'s."""
+        if self._gave_way:
+            return False
+        texts = [*map(self._table.get, new_token_ids)]
+        for text in texts:
+            if text is None:
+                return False
+            for end in self._ends:
+                if end in text:
+                    return False
+        self.token_ids += new_token_ids
+        self._parts += texts  # type: ignore[arg-type]  # none of them is None
+        return True
+
     def get_next_output_text(self, finished: bool, delta: bool) -> str:
         """The text; with `delta` only what was not returned before."""
         if self._gave_way and not delta:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,7 +12,8 @@ from synthia_vllm.engine.vllm.errors import translate_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from synthia_vllm.engine.base import PromptLogprobs, Sampling, Sink
+    from synthia_vllm.engine.base import Output, PromptLogprobs, Sampling, Sink
+    from synthia_vllm.engine.vllm.outputs import OutputPath
 
 
 class RunningRequest:
@@ -21,56 +23,91 @@ class RunningRequest:
     task of the request, which takes them out. Nothing would be left to do there.
     """
 
-    __slots__ = ("_id", "_on_prompt", "_processor", "_sink", "_state", "over")
+    __slots__ = (
+        "_begun",
+        "_id",
+        "_interval",
+        "_kept",
+        "_makes_outputs",
+        "_on_prompt",
+        "_paced",
+        "_path",
+        "_sink",
+        "_tokens",
+        "handed",
+        "over",
+        "state",
+        "streams",
+        "table",
+    )
 
-    def __init__(self, sink: Sink, on_prompt: Callable[[PromptLogprobs], None] | None) -> None:
+    def __init__(
+        self,
+        path: OutputPath,
+        sink: Sink,
+        on_prompt: Callable[[PromptLogprobs], None] | None,
+    ) -> None:
+        self._path = path
         self._sink = sink
         self._on_prompt = on_prompt
-        self._processor: Any = None
         self._id = ""
-        self._state: Any = None
+        self._makes_outputs = False
+        self._interval = 1
+        self._paced = False
+        self._begun: set[int] = set()  # choices of which the reader has text
+        self._tokens: list[int] = []  # to be handed on, their text is the detokenizer's
+        self._kept: list[tuple[Output, int]] = []  # to be handed on, as vLLM made them
+        self.state: Any = None
+        self.table: Any = None
+        self.streams = False
+        self.handed = float("-inf")
+        """When the sink was given something last (`time.monotonic`), if that counts."""
         self.over = False
 
     def intercept(
-        self,
-        llm: Any,
-        request_id: str,
-        collector: Any,
-        table: Mapping[int, str],
-        asked: Sampling,
+        self, request_id: str, collector: Any, table: Mapping[int, str], asked: Sampling
     ) -> None:
         """Stand in for `collector`, in which vLLM's output handler puts what it has.
 
         vLLM internal: `vllm.v1.engine.output_processor.RequestOutputCollector.put`,
         `vllm.v1.engine.output_processor.OutputProcessor.request_states`; for a request of one
-        choice, `vllm.v1.engine.output_processor.RequestState.detokenizer`; and for a stream without
-        log-probabilities, which most are,
-        `vllm.v1.engine.output_processor.RequestState.make_request_output`.
+        choice, `vllm.v1.engine.output_processor.RequestState.detokenizer`; and of those without
+        log-probabilities, which most are, a stream's
+        `vllm.v1.engine.output_processor.RequestState.make_request_output` and
+        `vllm.v1.engine.output_processor.RequestState.stream_interval`.
         """
         from vllm.sampling_params import RequestOutputKind
 
-        self._processor, self._id = llm.output_processor, request_id
+        self._id = request_id
+        self._paced = asked.stream_interval is None
         collector.put = self.put
-        state = llm.output_processor.request_states.get(collector.request_id)
-        # What a table does not do: hold back or leave out stops, show special tokens.
-        others = not asked.skip_special_tokens or (
-            not asked.stop_in_text and (asked.stop or asked.stop_token_ids)
-        )
-        if state is not None and state.prompt_token_ids[-1] in table and not others:
+        self.state = state = self._path.processor.request_states.get(collector.request_id)
+        if state is not None:
+            self.streams = state.output_kind == RequestOutputKind.DELTA
+            self._interval = state.stream_interval
+            # What a table does not do: hold back or leave out stops, show special tokens.
+            others = not asked.skip_special_tokens or (
+                not asked.stop_in_text and (asked.stop or asked.stop_token_ids)
+            )
             own = state.detokenizer
             # With `min_tokens` stops are not looked for at first, which is vLLM's to know.
-            if not own.token_ids and not own.min_tokens:
-                state.detokenizer = TableDetokenizer(table, own.stop, own)
-        if (
-            state is not None
-            and state.parent_req is None
-            and state.output_kind == RequestOutputKind.DELTA
-            and state.stream_interval == 1
-            and self._on_prompt is None
-            and state.logprobs_processor.num_logprobs is None
-        ):
-            self._state = state
-            state.make_request_output = self.make_request_output
+            if (
+                state.prompt_token_ids[-1] in table
+                and not others
+                and not own.token_ids
+                and not own.min_tokens
+            ):
+                self.table = state.detokenizer = TableDetokenizer(table, own.stop, own)
+            if (
+                state.parent_req is None
+                and self._on_prompt is None
+                and state.logprobs_processor.num_logprobs is None
+            ):
+                if self.table is not None:
+                    self._path.runs[state.request_id] = self
+                if self.streams:
+                    self._makes_outputs = True
+                    state.make_request_output = self.make_request_output
         try:
             arrived = collector.get_nowait()
         except Exception as error:
@@ -86,13 +123,21 @@ class RunningRequest:
             self.stop()
             self._sink.fail(translate_error(output))
             return
-        if output.finished:
-            self.end()
         if self._on_prompt is not None and output.prompt_logprobs:
             self._on_prompt(output.prompt_logprobs)
             self._on_prompt = None
-        for choice in output.outputs:
-            self._sink.put(choice, output.num_cached_tokens or 0)
+        cached = output.num_cached_tokens or 0
+        self._kept += [(choice, cached) for choice in output.outputs]
+        now = time.monotonic()
+        if output.finished:
+            self.end()
+        elif self._waits(now) and all(
+            choice.finish_reason is None and choice.index in self._begun
+            for choice in output.outputs
+        ):
+            self._path.hold(self)
+            return
+        self.hand(now)
 
     def make_request_output(
         self,
@@ -106,25 +151,59 @@ class RunningRequest:
         """Take new tokens in place of vLLM's method, and make no `RequestOutput` of them."""
         if self.over:
             return
-        state = self._state
-        text = state.detokenizer.get_next_output_text(finish_reason is not None, True)
-        reason = None
-        if finish_reason is not None:
-            reason = str(finish_reason)
-            self.end()
-        self._sink.put(_Output(text, token_ids, reason, stop_reason), state.num_cached_tokens)
+        now = time.monotonic()
+        if finish_reason is None:
+            self.take(token_ids, now)
+            return
+        self._tokens += token_ids
+        self.end()
+        self.hand(now, str(finish_reason), stop_reason)
+
+    def take(self, token_ids: list[int], now: float) -> None:
+        """Take the next tokens of a stream, the text of which the detokenizer has."""
+        self._tokens += token_ids
+        if self._begun:
+            if len(self._tokens) < self._interval:
+                return
+            if self._waits(now):
+                self._path.hold(self)
+                return
+        self.hand(now)
+
+    def _waits(self, now: float) -> bool:
+        """Whether it is too early for more, since the sink was given something last."""
+        return now - self.handed < self._path.pace.wait
+
+    def hand(
+        self, now: float, finish_reason: str | None = None, stop_reason: int | str | None = None
+    ) -> None:
+        """Give the sink all that waits for it, and the end, if it has come."""
+        if self._paced:
+            self.handed = now
+            self._path.waiting.discard(self)
+        if self._tokens or finish_reason is not None:
+            tokens, self._tokens = self._tokens, []
+            text = self.state.detokenizer.get_next_output_text(finish_reason is not None, True)
+            output = _Output(text, tokens, finish_reason, stop_reason)
+            self._kept.append((output, self.state.num_cached_tokens))
+        kept, self._kept = self._kept, []
+        for choice, cached in kept:
+            if self._sink.put(choice, cached):
+                self._begun.add(choice.index)
 
     def stop(self) -> None:
-        """End before the end: tell of the tokens that ran.
+        """End before the end: hand on what waits, and tell of the tokens that ran.
 
         vLLM internal: `vllm.v1.engine.output_processor.RequestState.is_prefilling`,
         `vllm.v1.engine.detokenizer.IncrementalDetokenizer.num_output_tokens`, which counts the
         tokens that vLLM's metrics have; and of several choices the outputs that are kept until all
         are there, `vllm.v1.engine.parallel_sampling.ParentRequest.output_aggregator`.
         """
-        processor = self._processor
-        ids = processor.external_req_ids.get(self._id, ()) if processor is not None else ()
-        for state in [processor.request_states[one] for one in ids]:
+        processor = self._path.processor
+        self.hand(time.monotonic())
+        for state in [
+            processor.request_states[one] for one in processor.external_req_ids.get(self._id, ())
+        ]:
             if not state.is_prefilling:
                 tokens = state.detokenizer.num_output_tokens()
                 self._sink.ran(state.request_index, tokens, state.num_cached_tokens)
@@ -134,11 +213,13 @@ class RunningRequest:
         self.end()
 
     def end(self) -> None:
-        """Pass on nothing more."""
+        """Take nothing more."""
         self.over = True
-        if self._state is not None:
-            del self._state.make_request_output  # it refers back to us
-            self._state = None
+        if self.state is not None:
+            self._path.runs.pop(self.state.request_id, None)
+            if self._makes_outputs:
+                self._makes_outputs = False
+                del self.state.make_request_output  # it refers back to us
 
 
 @dataclass(slots=True)
