@@ -35,11 +35,12 @@ async def outputs_of(
     queue: asyncio.Queue[Output | ApiError] = asyncio.Queue()
 
     class Arrived:
-        def put(self, output: Output, cached_tokens: int) -> None:
+        def put(self, output: Output, cached_tokens: int) -> bool:
             assert 0 <= cached_tokens < len(request.prompt_token_ids)
             queue.put_nowait(output)
             if came is not None:
                 came[output.index] += len(output.token_ids)
+            return True
 
         def fail(self, error: ApiError) -> None:
             queue.put_nowait(error)

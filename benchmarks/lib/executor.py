@@ -29,7 +29,7 @@ WORD: Final = 272
 _MEMORY: Final = 8 << 30  # bytes that nobody allocates, for a KV cache that never fills
 
 
-class PacedExecutor(Executor):
+class PacedExecutor(Executor):  # type: ignore[misc]
     """Gives every request that is scheduled one token, a step at a time, at a set pace."""
 
     def _init_executor(self) -> None:

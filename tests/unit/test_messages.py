@@ -220,10 +220,10 @@ def test_a_stop_token_of_the_clients_own() -> None:
     class Ends(FakeEngine):
         def submit(self, request: Any, sink: Any) -> Any:
             class Sink:
-                def put(self, output: Any, cached: int) -> None:
+                def put(self, output: Any, cached: int) -> bool:
                     if output.finish_reason:
                         output.stop_reason = 7
-                    sink.put(output, cached)
+                    return bool(sink.put(output, cached))
 
             return super().submit(request, Sink())  # type: ignore[arg-type]
 
@@ -241,8 +241,8 @@ def test_what_the_cache_had_is_no_input() -> None:
             class Sink:
                 ran, fail = sink.ran, sink.fail
 
-                def put(self, output: Any, cached: int) -> None:
-                    sink.put(output, 12)
+                def put(self, output: Any, cached: int) -> bool:
+                    return bool(sink.put(output, 12))
 
             return super().submit(request, Sink())
 

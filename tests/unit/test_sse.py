@@ -43,7 +43,8 @@ class Hands(FakeEngine):
 
 
 class _Nobody:
-    def put(self, *_: Any) -> None: ...
+    def put(self, *_: Any) -> bool:
+        return False
 
     def fail(self, *_: Any) -> None: ...
 

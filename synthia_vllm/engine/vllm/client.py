@@ -167,7 +167,7 @@ class VllmEngine:
         self._takes_priority = scheduler.policy == "priority"
         if llm.output_processor.tracing_enabled:
             trace_phases(llm.output_processor)
-        self._path = OutputPath(llm.output_processor, Pace(self._stream_pace))
+        self._path = OutputPath(llm, Pace(self._stream_pace))
         # Asked for with each request, and found anew by transformers, in 20 µs.
         # vLLM internal: `vllm.renderers.base.BaseRenderer.get_eos_token_id`.
         end_of_text = llm.renderer.get_eos_token_id()

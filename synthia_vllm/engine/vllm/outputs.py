@@ -9,32 +9,51 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from synthia_vllm.engine.vllm.pace import Pace
-    from synthia_vllm.engine.vllm.request import RunningRequest
+
+
+class Run(Protocol):
+    """A request whose tokens can come this way: see `RunningRequest`, which is one."""
+
+    state: Any
+    """vLLM's `RequestState`."""
+    table: Any
+    """The `TableDetokenizer` that is its detokenizer."""
+    streams: bool
+    """Whether anybody wants its tokens before the end."""
+    handed: float
+    """When its sink was given something last (`time.monotonic`)."""
+
+    def take(self, token_ids: list[int], now: float) -> None:
+        """Take the next tokens, which the detokenizer has."""
+
+    def hand(self, now: float) -> None:
+        """Give the sink all that waits for it."""
 
 
 class OutputPath:
-    """Stands in for `process_outputs` of vLLM's output `processor`.
+    """Stands in for `process_outputs` of the output processor of `llm`, vLLM's `AsyncLLM`.
 
     vLLM internal: `vllm.v1.engine.output_processor.OutputProcessor.process_outputs`,
-    `vllm.v1.engine.output_processor.OutputProcessorOutput`; of an output
+    `vllm.v1.engine.core_client.AsyncMPClient.outputs_queue`; of an output
     `vllm.v1.engine.EngineCoreOutput.events`,
     `vllm.v1.engine.EngineCoreOutput.num_nans_in_logits`; and what is counted,
     `vllm.v1.metrics.stats.IterationStats` and `vllm.v1.metrics.stats.RequestStateStats`.
     """
 
-    def __init__(self, processor: Any, pace: Pace) -> None:
-        self.processor = processor
+    def __init__(self, llm: Any, pace: Pace) -> None:
+        self.processor = processor = llm.output_processor
         self.pace = pace
-        self.runs: dict[str, RunningRequest] = {}
+        self.runs: dict[str, Run] = {}
         """By vLLM's own id, those whose tokens need nothing of vLLM's."""
-        self.waiting: set[RunningRequest] = set()
+        self.waiting: set[Run] = set()
         """Those that have an output which waits for more."""
         self._own = processor.process_outputs
-        self._swept = False
+        self._steps = llm.engine_core.outputs_queue
+        self._sweeps = False
         if processor.log_stats:  # else there is nothing to count in, and the rest is little
             processor.process_outputs = self.process_outputs
 
@@ -47,7 +66,7 @@ class OutputPath:
     ) -> Any:
         """Take a step's `outputs`, made at `timestamp`, and count them in `iteration`."""
         now = time.monotonic()
-        self.pace.look(now)
+        self.pace.look(now, behind=not self._steps.empty())
         runs = self.runs
         others = []
         gaps = []
@@ -76,20 +95,22 @@ class OutputPath:
         iteration.inter_token_latencies_iter += gaps
         return self._own(others, timestamp, iteration, weight_version)
 
-    def hold(self, run: RunningRequest) -> None:
+    def hold(self, run: Run) -> None:
         """`run` has an output that waits for more: it does not wait for ever."""
         self.waiting.add(run)
-        if not self._swept:
-            self._swept = True
-            asyncio.get_running_loop().call_later(self.pace.seconds, self._sweep)
+        if not self._sweeps:
+            self._sweep_later()
+
+    def _sweep_later(self) -> None:
+        self._sweeps = True
+        asyncio.get_running_loop().call_later(self.pace.seconds, self._sweep)
 
     def _sweep(self) -> None:
         """Hand on what has waited long enough, though the engine made no more of it."""
-        self._swept = False
+        self._sweeps = False
         now = time.monotonic()
         for run in list(self.waiting):
             if now - run.handed >= self.pace.seconds:
                 run.hand(now)
-        if self.waiting and not self._swept:
-            self._swept = True
-            asyncio.get_running_loop().call_later(self.pace.seconds, self._sweep)
+        if self.waiting:
+            self._sweep_later()

@@ -15,6 +15,9 @@ _BUSY: Final = 0.10
 _AT_EASE: Final = 0.05
 _WINDOW: Final = 0.1  # seconds over which that is taken
 
+# Steps that wait to be looked at are a sign of not keeping up: then several go out as one.
+_BEHIND: Final = 4
+
 # The engine's steps are not even: what comes a moment early is not kept for another step.
 _EARLY: Final = 0.9
 
@@ -26,14 +29,18 @@ class Pace:
         self.seconds = seconds
         self.wait = 0.0
         """Seconds that have to lie between two texts of a stream now."""
+        self._busy = False
         self._since = time.monotonic()
         self._cpu = time.thread_time()
 
-    def look(self, now: float) -> None:
-        """Set `wait`, as of `now` (`time.monotonic`). Called on the event loop with each step."""
+    def look(self, now: float, *, behind: bool) -> None:
+        """Set `wait`, as of `now` (`time.monotonic`). Called on the event loop with each step.
+
+        It is `behind` when the engine has made the next step already.
+        """
         elapsed = now - self._since
         if elapsed >= _WINDOW:
             cpu = time.thread_time()
-            busy = cpu - self._cpu > elapsed * (_AT_EASE if self.wait else _BUSY)
-            self.wait = _EARLY * self.seconds if busy else 0.0
+            self._busy = cpu - self._cpu > elapsed * (_AT_EASE if self._busy else _BUSY)
             self._since, self._cpu = now, cpu
+        self.wait = self.seconds * (_BEHIND if behind else _EARLY) if self._busy else 0.0
