@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from synthia_vllm.admission.permits import AdmissionPermit
     from synthia_vllm.generate.response import Prepared
     from synthia_vllm.http.route import GenerationRoute
-    from synthia_vllm.http.sse import Events
     from synthia_vllm.http.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -100,7 +99,7 @@ class _Exchange:
         self._permit: AdmissionPermit | None = None
         self._prepared: Prepared | None = None
         self._response: ResponseState | None = None
-        self._events: Events | None = None
+        self._stream: Stream | None = None
         self._work: asyncio.Task[None] | None = None
         self._ended_by: ApiError | None = None
         self._started = False
@@ -160,13 +159,12 @@ class _Exchange:
             fingerprint=state.fingerprint,
         )
         if prepared.stream:
-            self._events = events = route.events(response)
             headers = self._headers(b"text/event-stream; charset=utf-8")
             headers.append((b"cache-control", b"no-cache"))
             headers.append((b"x-accel-buffering", b"no"))  # proxies: pass on each event at once
-            stream = Stream(
+            self._stream = stream = Stream(
                 response,
-                events,
+                route.events(response),
                 state.writes,
                 state.metrics.of(prepared.model),
                 arrived=self._arrived,
@@ -193,8 +191,9 @@ class _Exchange:
         """Answer with `error`; as an event, if a stream has begun."""
         self._state.count_error(error, self._route.path, self._user)
         self._error = error.code
-        if self._started and self._events is not None:
-            await self._send({"type": "http.response.body", "body": self._events.error(error)})
+        if self._started and self._stream is not None:
+            end = self._stream.rest() + self._stream.events.error(error)
+            await self._send({"type": "http.response.body", "body": end})
             return
         await self._respond(*error_response(error, self.id, self._facts(), self._route.envelope))
 

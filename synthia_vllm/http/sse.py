@@ -194,6 +194,11 @@ class Stream:
             raise self._error
         return self._take()
 
+    def rest(self) -> bytes:
+        """The events of what is kept, when nobody waits for it any more."""
+        self._direct = None
+        return self._take()
+
     def go_direct(self) -> None:
         """The response has begun and the client took all: write what comes next at once."""
         if not self._kept:
