@@ -60,6 +60,8 @@ class Found:
     answered: int = 0
     tokens: int = 0
     gaps: list[float] = field(default_factory=list)
+    firsts: list[float] = field(default_factory=list)
+    """Seconds from each request to its first text."""
     seconds: float = 0.0
     api_cpu: float = 0.0
     engine_cpu: float = 0.0
@@ -72,7 +74,8 @@ class Client(asyncio.Protocol):
     def __init__(self, bodies: list[bytes], found: Found, done: asyncio.Future[None]) -> None:
         self._bodies, self._found, self._done = bodies, found, done
         self._tail = b""
-        self._last = 0.0
+        self._last = self._asked = 0.0
+        self._begun = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -85,7 +88,8 @@ class Client(asyncio.Protocol):
                 self._done.set_result(None)
             return
         body = self._bodies.pop()
-        self._tail, self._last = b"", 0.0
+        self._tail, self._last, self._begun = b"", 0.0, False
+        self._asked = time.perf_counter()
         self._transport.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\n"
             b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -99,6 +103,9 @@ class Client(asyncio.Protocol):
             if self._last:
                 found.gaps.append(now - self._last)
                 found.gaps += [0.0] * (events - 1)
+            elif not self._begun:
+                self._begun = True
+                found.firsts.append(now - self._asked)
             self._last = now
         tail = self._tail = (self._tail + data)[-4096:]
         if b"[DONE]" in tail[-64:] or tail.endswith(b"}"):

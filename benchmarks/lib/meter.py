@@ -111,7 +111,8 @@ class Window:
         self._target, self._found, self._to_begin = target, found, streams
         self.clients: list[Watched] = []
         self._is_open = self._is_over = False
-        self._begun = self._cpu = 0.0
+        self._begun = self._cpu = self._client_cpu = 0.0
+        self.client_cpu = 0.0
         self.events = self.all_events = 0
         self.seconds = self.api_cpu = self.stall = 0.0
         self.gaps: list[float] = []
@@ -128,6 +129,7 @@ class Window:
             for client in self.clients:
                 client.restart()
             self._begun, self._cpu = time.perf_counter(), self._target.api_cpu()
+            self._client_cpu = time.process_time()
 
     async def watch_stalls(self) -> None:
         """Note the longest that this process did not get to run: gaps up to that may be its own."""
@@ -142,6 +144,7 @@ class Window:
         if self._is_open:
             self.seconds = time.perf_counter() - self._begun
             self.api_cpu = self._target.api_cpu() - self._cpu
+            self.client_cpu = time.process_time() - self._client_cpu
             self.gaps = list(self._found.gaps)
         self._is_open, self._is_over = False, True
 
@@ -178,11 +181,15 @@ class Meter:
         self._tokens = tokens
         self._numbers = count(0, 10_000)
 
-    async def per_token(self, target: Running, streams: int) -> dict[str, float]:
-        """What a token costs and the gaps between tokens, with `streams` streams at once."""
-        # Fewer each where there are many, so that no point takes long; but they must outlast
-        # the time in which the last ones begin.
-        tokens = max(32, min(2 * self._tokens, 16 * self._tokens // streams))
+    async def per_token(
+        self, target: Running, streams: int, tokens: int | None = None
+    ) -> dict[str, float]:
+        """What a token costs and the gaps between tokens, with `streams` streams at once.
+
+        Of `tokens` each; else of fewer where there are many, so that no point takes long.
+        """
+        if tokens is None:  # they must outlast the time in which the last ones begin
+            tokens = max(32, min(2 * self._tokens, 16 * self._tokens // streams))
         load = Talk("stream", streams, streams, tokens, True)
         # Where cores are few, this process may have to wait for one, while tokens pile up.
         tries = []
@@ -203,6 +210,10 @@ class Meter:
             "us_per_token": 1e6 * window.api_cpu / seen,
             "itl_p50_ms": 1e3 * percentile(window.gaps, 0.5),
             "itl_p99_ms": 1e3 * percentile(window.gaps, 0.99),
+            "longest_gap_ms": 1e3 * max(window.gaps, default=0.0),
+            "ttft_p50_ms": 1e3 * percentile(found.firsts, 0.5),
+            "ttft_p99_ms": 1e3 * percentile(found.firsts, 0.99),
+            "client_busy": window.client_cpu / window.seconds,
             "client_stall_ms": 1e3 * window.stall,
             "tokens": seen,
             "tokens_per_second": seen / window.seconds,

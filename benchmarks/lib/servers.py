@@ -178,8 +178,10 @@ async def start(
 
 
 def _is_first(process: psutil.Process, first: psutil.Process) -> bool:
-    # Several API processes lead a process group each.
-    return bool(process == first) or os.getpgid(process.pid) == process.pid
+    # Of several API processes, ours lead a process group each, and vLLM's say what they are.
+    if process == first or os.getpgid(process.pid) == process.pid:
+        return True
+    return "ApiServer" in " ".join(process.cmdline())
 
 
 def _is_rust(process: psutil.Process, first: psutil.Process) -> bool:

@@ -1,0 +1,180 @@
+"""The ceiling of each frontend: what it delivers of an engine that runs no model.
+
+This server and both frontends of `vllm serve`, each over vLLM's own engine core with an executor
+that gives every request one token a step (`lib/executor.py`). They take their turn: three engines
+do not fit beside a load where cores are few. CPU time is that of the API processes, by their own
+clocks, taken while all streams stream; only ratios within one run mean much.
+
+- offered: the tokens of a second, if no step is late; delivered: those that reached the client;
+- between chunks: what a reader sees. A chunk can hold several tokens;
+- keeps up: delivered is at least 95 % of offered, and 99 % of the times between chunks are at most
+  one step longer than the tokens of a chunk take. The most of all that keeps up is where a frontend
+  saturates;
+- client: its share of a core, and its longest stall. Where the first nears 1, it was the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+from pathlib import Path
+from typing import Final
+
+import uvloop
+from lib.executor import STEP_MS
+from lib.meter import Meter, Talk
+from lib.report import machine, say, spread, table, write_json
+from lib.servers import available, heed_sigterm, start
+
+EXAMPLES = """\
+examples:
+  python benchmarks/ceiling.py --plot ceiling.png --json ceiling.json
+  python benchmarks/ceiling.py --targets synthia vllm-rust --streams 64 256 --rounds 1
+  python benchmarks/ceiling.py --stream-interval 2         chunks of two tokens for everybody
+  python benchmarks/ceiling.py --workers 2 --streams 256   two API processes (not the Rust one)
+  VLLM_RUST_FRONTEND_PATH=/path/to/vllm-rs python benchmarks/ceiling.py
+"""
+EXECUTOR: Final = "lib.executor.PacedExecutor"
+EACH_TOKEN: Final = "synthia, each token"
+"""This server without its pace."""
+Figures = dict[str, list[float]]
+"""By name, a value for each round."""
+
+
+def options(target: str, args: argparse.Namespace) -> list[str]:
+    """What `target` is started with."""
+    places, interval = str(max(args.streams)), args.stream_interval
+    if not target.startswith("synthia"):
+        flags = ["--distributed-executor-backend", EXECUTOR, "--max-num-seqs", places]
+        if interval is not None:
+            flags += ["--stream-interval", str(interval)]
+        if args.workers > 1:
+            flags += ["--api-server-count", str(args.workers)]
+        return flags
+    flags = ["--engine", f"distributed_executor_backend={EXECUTOR}"]
+    flags += ["--engine", f"max_num_seqs={places}"]
+    flags += ["--set", "limits.max_requests=4096", "--set", "limits.max_queue_seconds=1000"]
+    flags += ["--set", f"api_workers={args.workers}"]
+    if interval is not None:
+        flags += ["--engine", f"stream_interval={interval}"]
+    if target == EACH_TOKEN or interval is not None:
+        flags += ["--set", "stream_pace_ms=0"]
+    return flags
+
+
+async def measure(target: str, args: argparse.Namespace, found: dict[int, Figures]) -> None:
+    """Start `target`, and put its figures for each number of streams into `found`."""
+    meter = Meter(args.tokens)
+    async with start(target.partition(",")[0], *options(target, args)) as running:
+        say(f"{target}: warming up")
+        await meter.per_token(running, min(16, max(args.streams)), args.tokens)
+        for streams in args.streams:
+            say(f"{target}: {streams} streams")
+            seen = await meter.per_token(running, streams, args.tokens)
+            count = streams * max(1, args.requests // streams)
+            for name, streamed in (("streamed", True), ("plain", False)):
+                one = Talk("request", streams, count, 1, streamed)
+                cost = await meter.per_request(running, one)
+                seen[f"{name}_us_per_request"] = cost["us_per_request"]
+            seen["resident_mib"] = sum(api.memory_info().rss for api in running.api) / 2**20
+            if args.step_ms:
+                seen["offered"] = streams * 1000 / args.step_ms
+                seen["longest_gap_steps"] = seen.pop("longest_gap_ms") / args.step_ms
+            for name, value in seen.items():
+                found.setdefault(streams, {}).setdefault(name, []).append(value)
+    say("")
+
+
+def keeps_up(figures: Figures, step_ms: float) -> bool:
+    """Whether all that is offered comes, and in time."""
+    middle = {name: statistics.median(values) for name, values in figures.items()}
+    late = middle["itl_p99_ms"] > (middle["tokens_per_event"] + 1) * step_ms
+    return not late and middle["tokens_per_second"] >= 0.95 * middle["offered"]
+
+
+def report(results: dict[str, dict[int, Figures]], step_ms: float) -> str:
+    """The figures as Markdown, median and range; and where each saturates."""
+    names = list(next(iter(next(iter(results.values())).values())))
+    rows = [["streams", "target", *names]]
+    for streams in next(iter(results.values())):
+        for target, by_streams in results.items():
+            cells = [spread(by_streams[streams][name]) for name in names]
+            rows.append([str(streams), target, *cells])
+    lines = [table(rows)]
+    if step_ms:
+        lines.append("")
+        for target, by_streams in results.items():
+            kept = [n for n, figures in by_streams.items() if keeps_up(figures, step_ms)]
+            most = f"{max(kept) * 1000 / step_ms:.0f} tokens/s" if kept else "none of these"
+            lines.append(f"{target} keeps up with {most}.")
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, dict[int, Figures]], file: Path) -> None:
+    """Draw what is delivered of what is offered, and what a token costs, into the PNG `file`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    delivered, cost = figure.subplots(1, 2)
+    top = 0.0
+    for target, by_streams in results.items():
+        middle = {
+            name: [statistics.median(figures[name]) for figures in by_streams.values()]
+            for name in ("offered", "tokens_per_second", "us_per_token")
+        }
+        top = max(top, *middle["offered"])
+        delivered.plot(middle["offered"], middle["tokens_per_second"], marker="o", label=target)
+        cost.plot(list(by_streams), middle["us_per_token"], marker="o", label=target)
+    delivered.plot([100, top], [100, top], color="0.7", linestyle=":", label="all that is offered")
+    delivered.set(xscale="log", yscale="log", xlabel="offered, tokens a second")
+    delivered.set_ylabel("delivered, tokens a second")
+    cost.set(xscale="log", yscale="log", xlabel="streams at the same time")
+    cost.set_ylabel("CPU of the API process, µs a token")
+    for axes in (delivered, cost):
+        axes.grid(color="0.9")
+        axes.legend(frameon=False)
+    figure.savefig(file, dpi=150)
+
+
+async def main(args: argparse.Namespace) -> int:
+    heed_sigterm()
+    if args.plot and not args.step_ms:
+        raise SystemExit(
+            "--plot shows what is offered, and with --step-ms 0 there is no such rate."
+        )
+    # For the engine core, which loads the executor by its name.
+    os.environ[STEP_MS] = str(args.step_ms)
+    path = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    results: dict[str, dict[int, Figures]] = {target: {} for target in args.targets}
+    for number in range(args.rounds):
+        # Back and forth, so that a machine that gets slower is not one target's alone.
+        for target in args.targets if number % 2 == 0 else args.targets[::-1]:
+            await measure(target, args, results[target])
+    print(report(results, args.step_ms))
+    if args.plot:
+        plot(results, args.plot)
+    if args.json:
+        load = {k: v for k, v in vars(args).items() if k not in ("json", "plot")}
+        write_json(args.json, {"environment": machine(), "load": load, "targets": results})
+    return 0
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    everything = [*available(), EACH_TOKEN]
+    parser.add_argument("--targets", nargs="+", choices=everything, default=everything)
+    parser.add_argument("--streams", nargs="+", type=int, default=[1, 16, 64, 256, 1024])
+    parser.add_argument("--step-ms", type=float, default=10.0, help="0: as fast as it can")
+    parser.add_argument("--tokens", type=int, default=400, help="of each stream (default 400)")
+    parser.add_argument("--requests", type=int, default=1024, help="for one token, at least")
+    parser.add_argument("--stream-interval", type=int, metavar="N", help="tokens to a chunk")
+    parser.add_argument("--workers", type=int, default=1, help="API processes (default 1)")
+    parser.add_argument("--rounds", type=int, default=2, help="of each measurement (default 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers here, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them into this PNG")
+    sys.exit(uvloop.run(main(parser.parse_args())))
