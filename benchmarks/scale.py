@@ -11,10 +11,8 @@ that neither has what requests cost in it.
   some tokens of its own).
 
 The demo model's engine makes a thousand tokens or so a second on two cores, however many streams
-share them, so its gaps between tokens grow with the streams. `--fake` puts a fake engine behind
-the same edge, in the edge's own process, that gives each stream its tokens at a fixed pace: then
-the gaps, too, show the edge alone. Its CPU is the edge's and the fake's together; prompts mean
-nothing to it and are left out.
+share them, so its gaps between tokens grow with the streams. What the edge does where the engine
+is not the limit is `ceiling.py`'s to show.
 """
 
 from __future__ import annotations
@@ -31,22 +29,17 @@ import urllib.request
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import uvloop
 from lib.meter import Meter, Talk, closed_at_end, idle_connections
-from lib.paced import start_fake
-from lib.report import machine, say, table, write_json
+from lib.report import machine, say, spread, table, write_json
 from lib.servers import Running, start
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 EXAMPLES = """\
 examples:
   python benchmarks/scale.py
   python benchmarks/scale.py --plot . --json scale.json       also scale.png
-  python benchmarks/scale.py --fake --plot . --json fake.json    also scale-fake.png
   python benchmarks/scale.py --sweeps busy --streams 1 64 1000 --rounds 1
 """
 STREAMS: Final = (1, 4, 16, 64, 256, 1000)
@@ -120,25 +113,25 @@ async def at_rest(target: Running) -> float:
 async def measure_streams(
     sweeps: dict[str, Sweep],
     meter: Meter,
-    targets: dict[int, Running],
+    target: Running,
     counts: list[int],
     rounds: int,
 ) -> None:
-    """The sweeps over streams and over idle connections; `targets` by the streams they are for."""
-    await meter.per_token(targets[BESIDE], BESIDE)  # to warm up
+    """The sweeps over streams and over idle connections."""
+    await meter.per_token(target, BESIDE)  # to warm up
     for number in range(rounds):
         for streams in counts:
             if "busy" in sweeps:
                 say(f"round {number + 1} of {rounds}: {streams} streams")
-                found = await meter.per_token(targets[streams], streams)
+                found = await meter.per_token(target, streams)
                 one = Talk("request", streams, streams, 1, True)
-                found |= await meter.per_request(targets[streams], one)
+                found |= await meter.per_request(target, one)
                 sweeps["busy"].note(streams, **found)
             if "idle" in sweeps:
                 say(f"round {number + 1} of {rounds}: {streams} idle connections")
-                connections = await idle_connections(targets[BESIDE], streams)
+                connections = await idle_connections(target, streams)
                 with closed_at_end(connections):
-                    found = await meter.per_token(targets[BESIDE], BESIDE)
+                    found = await meter.per_token(target, BESIDE)
                 sweeps["idle"].note(streams, **found)
 
 
@@ -197,15 +190,8 @@ def show(sweep: Sweep) -> None:
     names = list(next(iter(sweep.found.values())))
     rows = [[sweep.x, *names]]
     for x in sorted(sweep.found):
-        rows.append([str(x), *(_spread(sweep.found[x][name]) for name in names)])
+        rows.append([str(x), *(spread(sweep.found[x][name]) for name in names)])
     print(f"{sweep.title}:\n\n{table(rows)}\n\n{shape(sweep)}\n")
-
-
-def _spread(values: Sequence[float]) -> str:
-    """Median and range, without exponents."""
-    parts = (statistics.median(values), min(values), max(values))
-    middle, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in parts)
-    return f"{middle} ({low} to {high})"
 
 
 def plot(sweeps: dict[str, Sweep], file: Path, note: str) -> None:
@@ -245,43 +231,31 @@ def plot(sweeps: dict[str, Sweep], file: Path, note: str) -> None:
 
 
 async def main(args: argparse.Namespace) -> int:
-    chosen = [n for n in SWEEPS if n in args.sweeps and not (args.fake and not SWEEPS[n][2])]
-    sweeps = {name: Sweep(*SWEEPS[name]) for name in chosen}
+    sweeps = {name: Sweep(*SWEEPS[name]) for name in SWEEPS if name in args.sweeps}
     meter = Meter(args.tokens)
     async with AsyncExitStack() as stack:
         counts = sorted(set(args.streams))
-        if args.fake:
-            targets = {}
-            for streams in sorted({*counts, BESIDE}):
-                say(f"starting the edge with a fake engine for {streams} streams")
-                fake = start_fake(streams, args.tokens)
-                targets[streams] = await stack.enter_async_context(fake)
-        else:
-            options = [
-                "--set", "limits.max_requests=4096", "--set", "limits.max_queue_seconds=1000",
-                "--engine", f"max_num_seqs={args.max_num_seqs}",
-            ]  # fmt: skip
-            target = await stack.enter_async_context(start("synthia", *options))
-            targets = dict.fromkeys((*counts, BESIDE), target)
+        options = [
+            "--set", "limits.max_requests=4096", "--set", "limits.max_queue_seconds=1000",
+            "--engine", f"max_num_seqs={args.max_num_seqs}",
+        ]  # fmt: skip
+        target = await stack.enter_async_context(start("synthia", *options))
         with suppress(PermissionError):  # the engine would take every core there is
             os.setpriority(os.PRIO_PROCESS, 0, -10)
-        rest = await at_rest(targets[BESIDE])
-        await measure_streams(sweeps, meter, targets, counts, args.rounds)
-        if not args.fake:
-            await measure_prompts(sweeps, meter, target, args.rounds)
+        rest = await at_rest(target)
+        await measure_streams(sweeps, meter, target, counts, args.rounds)
+        await measure_prompts(sweeps, meter, target, args.rounds)
     say("")
-    engine = "a FAKE engine in the API process" if args.fake else "vLLM, demo model"
-    note = f"Edge over {engine}; CPU of the API process; median (range) of {args.rounds} rounds."
+    note = f"vLLM, demo model; CPU of the API process; median (range) of {args.rounds} rounds."
     print(f"{note} At rest it takes {rest:.2%} of a core.\n")
     for sweep in sweeps.values():
         show(sweep)
     if args.plot:
         args.plot.mkdir(parents=True, exist_ok=True)
-        plot(sweeps, args.plot / ("scale-fake.png" if args.fake else "scale.png"), note)
+        plot(sweeps, args.plot / "scale.png", note)
     if args.json:
         document = {
             "environment": machine(),
-            "engine": engine,
             "rounds": args.rounds,
             "at_rest": rest,
             "sweeps": {
@@ -297,7 +271,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--fake", action="store_true", help="a fake engine instead of vLLM")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     parser.add_argument("--streams", nargs="+", type=int, default=STREAMS, metavar="N")
     parser.add_argument("--tokens", type=int, default=128, help="of a stream, where it is among 16")

@@ -75,7 +75,7 @@ class Client(asyncio.Protocol):
         self._bodies, self._found, self._done = bodies, found, done
         self._tail = b""
         self._last = self._asked = 0.0
-        self._begun = False
+        self._has_text = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
@@ -88,7 +88,7 @@ class Client(asyncio.Protocol):
                 self._done.set_result(None)
             return
         body = self._bodies.pop()
-        self._tail, self._last, self._begun = b"", 0.0, False
+        self._tail, self._last, self._has_text = b"", 0.0, False
         self._asked = time.perf_counter()
         self._transport.write(
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\n"
@@ -103,8 +103,8 @@ class Client(asyncio.Protocol):
             if self._last:
                 found.gaps.append(now - self._last)
                 found.gaps += [0.0] * (events - 1)
-            elif not self._begun:
-                self._begun = True
+            elif not self._has_text:
+                self._has_text = True
                 found.firsts.append(now - self._asked)
             self._last = now
         tail = self._tail = (self._tail + data)[-4096:]

@@ -19,11 +19,11 @@ from vllm.v1.executor.abstract import Executor
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
+from lib.servers import STEP_MS
+
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-STEP_MS: Final = "BENCH_STEP_MS"
-"""The environment variable with the milliseconds from one step to the next; 0: no waiting."""
 WORD: Final = 272
 """The token that everybody is given: " the"."""
 _MEMORY: Final = 8 << 30  # bytes that nobody allocates, for a KV cache that never fills

@@ -25,6 +25,8 @@ TRIES: Final = 5
 STALLED: Final = 0.05
 """A measurement is made again, up to `TRIES` times, if this script itself stood still for a larger
 part of it: the least disturbed counts."""
+_TEXT: Final = b" the"
+"""Of the token that all answers are made of; the first has lost its space."""
 _ANSWERS: Final = " ".join(turn.assistant for dialogue in dialogues() for turn in dialogue).split()
 PROSE: Final = random.Random(0).sample(_ANSWERS, len(_ANSWERS))
 """Words in no order, so that every part of them has as many tokens."""
@@ -113,16 +115,16 @@ class Window:
         self._is_open = self._is_over = False
         self._begun = self._cpu = self._client_cpu = 0.0
         self.client_cpu = 0.0
-        self.events = self.all_events = 0
+        self.events = self.tokens = 0
         self.seconds = self.api_cpu = self.stall = 0.0
         self.gaps: list[float] = []
 
-    def saw(self, events: int, *, first: bool) -> None:
-        """Some stream brought `events` events with text; `first` if it had brought none before."""
+    def saw(self, events: int, tokens: int, *, first: bool) -> None:
+        """Some stream brought `events` with text of `tokens`; `first` if it had brought none."""
         self._to_begin -= first
-        self.all_events += events
         if self._is_open:
             self.events += events
+            self.tokens += tokens
         elif not self._to_begin and not self._is_over:
             self._is_open = True
             self._found.gaps.clear()
@@ -164,7 +166,7 @@ class Watched(Client):
         events = data.count(b'"content":')
         super().data_received(data)
         if events:
-            self._window.saw(events, first=not self._has_begun)
+            self._window.saw(events, data.count(_TEXT), first=not self._has_begun)
             self._has_begun = True
         if self._found.answered:
             self._window.close()
@@ -205,7 +207,7 @@ class Meter:
                 "or for --max-num-seqs if that is less."
             )
         _, window, found = min(tries, key=itemgetter(0))
-        seen = window.events * found.tokens / window.all_events  # an event can bring two tokens
+        seen = window.tokens
         return {
             "us_per_token": 1e6 * window.api_cpu / seen,
             "itl_p50_ms": 1e3 * percentile(window.gaps, 0.5),
@@ -217,7 +219,7 @@ class Meter:
             "client_stall_ms": 1e3 * window.stall,
             "tokens": seen,
             "tokens_per_second": seen / window.seconds,
-            "tokens_per_event": found.tokens / window.all_events,
+            "tokens_per_event": seen / window.events,
             "api_busy": window.api_cpu / window.seconds,
         }
 

@@ -34,7 +34,9 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def spread(values: Sequence[float]) -> str:
     """Median and range of a few repeated measurements."""
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+    parts = (statistics.median(values), min(values), max(values))
+    middle, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in parts)
+    return f"{middle} ({low} to {high})"
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:

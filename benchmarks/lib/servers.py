@@ -36,6 +36,8 @@ Linux may give a share of the processors (autogroups), and a client beside a bus
 waited for seconds in its own `write`."""
 ROOT = Path(__file__).parents[2]
 MODEL = "synthia-demo"
+STEP_MS = "BENCH_STEP_MS"
+"""The environment variable with the milliseconds between two steps of `lib.executor`; 0: none."""
 # To the text of a chat template no server adds the beginning-of-text token by itself.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -152,10 +154,15 @@ def serve_command(port: int, model: str = "demo") -> list[str]:
 
 @asynccontextmanager
 async def start(
-    name: str, *options: str, model: str = "demo", log: Path | None = None
+    name: str,
+    *options: str,
+    model: str = "demo",
+    log: Path | None = None,
+    api_processes: int = 1,
 ) -> AsyncIterator[Running]:
     """Start the target `name` with `options` of its own; stop it at the end.
 
+    There are `api_processes` of it at least; those of vLLM say only after a while what they are.
     `model` is ``demo``, which vLLM gets with the engine options that this server has for a CPU, or
     a directory.
     """
@@ -172,16 +179,20 @@ async def start(
             name, [*command, *options], port, log or Path(place, "log"), path=path, environ=environ
         ) as process:
             first = psutil.Process(process.pid)
-            family = [first, *first.children(recursive=True)]
-            url = f"http://127.0.0.1:{port}"
-            yield Running(name, url, first, tuple(p for p in family if is_api(p, first)))
+            for _ in range(100):
+                family = [first, *first.children(recursive=True)]
+                api = tuple(p for p in family if is_api(p, first))
+                if len(api) >= api_processes:
+                    break
+                await asyncio.sleep(0.1)
+            yield Running(name, f"http://127.0.0.1:{port}", first, api)
 
 
 def _is_first(process: psutil.Process, first: psutil.Process) -> bool:
     # Of several API processes, ours lead a process group each, and vLLM's say what they are.
     if process == first or os.getpgid(process.pid) == process.pid:
         return True
-    return "ApiServer" in " ".join(process.cmdline())
+    return "VLLM::APIServer" in " ".join(process.cmdline())
 
 
 def _is_rust(process: psutil.Process, first: psutil.Process) -> bool:

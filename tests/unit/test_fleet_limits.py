@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from loops import in_loop, until, users_file
+from serving import free_port
 from valkey_server import Server, valkey_server
 
 from synthia_vllm.admission import fleet, line
@@ -564,7 +565,9 @@ async def test_a_password_and_a_cluster(tmp_path: Path, caplog: pytest.LogCaptur
     file = users_file(tmp_path / "keys", a={"concurrent_requests": 2})
     bounds: dict[str, Any] = {"max_requests": 9, "max_queue_seconds": 1e9}
     nodes = str(tmp_path / "nodes.conf")
-    options = ("--cluster-enabled", "yes", "--cluster-config-file", nodes)
+    # Of its own it would take a port 10,000 higher, and there may be no such port.
+    bus = ("--cluster-port", str(free_port()))
+    options = ("--cluster-enabled", "yes", "--cluster-config-file", nodes, *bus)
     with valkey_server(*options) as server:
         server.ask("CLUSTER", "ADDSLOTSRANGE", "0", "16383")
         await until(lambda: "cluster_state:ok" in str(server.ask("CLUSTER", "INFO")))
