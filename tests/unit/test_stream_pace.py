@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from synthia_vllm.engine.vllm.pace import Pace
 
-if TYPE_CHECKING:
-    import pytest
+
+def waits_at(pace: Pace, rate: float, now: float, *, behind: bool = False) -> float:
+    """What `pace` says at `now`, after a fifth of a second of so many tokens a second."""
+    pace.tokens += int(rate * 0.2)
+    pace.look(now, behind=behind)
+    return round(pace.wait, 6)
 
 
-def test_only_a_busy_process_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It waits from a tenth of a core on, until below half of that, and longer when behind."""
-    used = 0.0
-    monkeypatch.setattr(time, "thread_time", lambda: used)
-    monkeypatch.setattr(time, "monotonic", lambda: 0.0)
+def test_only_many_tokens_wait() -> None:
+    """From 3,000 a second on, until there are fewer than 2,000; and longer when behind."""
     pace = Pace(0.02)
-    now = 0.0
-    waits = []
-    for share in (0.09, 0.11, 0.06, 0.04, 0.5):
-        now += 0.2
-        used += share * 0.2
-        pace.look(now, behind=False)
-        waits.append(round(pace.wait, 6))
+    start = time.monotonic() + 10  # nobody came before
+    waits_at(pace, 0, start)
+    rates = (2900, 3100, 2100, 1900, 50_000)
+    waits = [waits_at(pace, rate, start + 0.2 * (i + 1)) for i, rate in enumerate(rates)]
     assert waits == [0.0, 0.018, 0.018, 0.0, 0.018]
-    pace.look(now + 0.01, behind=True)
-    assert pace.wait == 0.08
-    pace.look(now + 0.02, behind=False)
-    assert round(pace.wait, 6) == 0.018
+    assert waits_at(pace, 0, start + 1.01, behind=True) == 0.08
+    assert waits_at(pace, 0, start + 1.02) == 0.018
 
 
-def test_zero_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With 0 seconds each token goes out at once, however busy the process is."""
-    monkeypatch.setattr(time, "thread_time", lambda: 1000.0)
-    pace = Pace(0.0)
-    monkeypatch.setattr(time, "thread_time", lambda: 2000.0)
-    pace.look(time.monotonic() + 1, behind=True)
-    assert pace.wait == 0.0
+def test_zero_never_waits() -> None:
+    """With 0 seconds each token goes out at once, however many there are."""
+    assert waits_at(Pace(0.0), 1e6, time.monotonic() + 0.2, behind=True) == 0.0

@@ -1,7 +1,8 @@
-"""Fewer, fuller outputs: the text of a stream waits for more of it while the process is busy.
+"""Fewer, fuller outputs: the text of a stream waits for more of it where tokens are many.
 
 A reader cannot see a hundred changes a second, and the `write` system call is the dearest part of a
-streamed token. Where the process has little to do, waiting would gain nothing, so none is done.
+streamed token. Where the process has few tokens to write, waiting would gain nothing, so none is
+done.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import time
 from typing import Final
 
-# Of one core, as used by the thread of the event loop: a token costs the less the more of them
-# come at once, so what turns the waiting on has to be well above what keeps it on.
-_BUSY: Final = 0.10
-_AT_EASE: Final = 0.05
-_WINDOW: Final = 0.1  # seconds over which that is taken
+# Streamed tokens a second, of all requests of this process: from so many on their writes take a
+# tenth of a core or so, and text waits; with fewer than the second it does no longer.
+_MANY: Final = 3000
+_FEW: Final = 2000
+_WINDOW: Final = 0.1  # seconds over which they are counted
 
 # Steps that wait to be looked at are a sign of not keeping up: then several go out as one.
 _BEHIND: Final = 4
@@ -29,18 +30,18 @@ class Pace:
         self.seconds = seconds
         self.wait = 0.0
         """Seconds that have to lie between two texts of a stream now."""
-        self._busy = False
+        self.tokens = 0
+        """Streamed ones that have come; whoever gives them out counts them here."""
+        self._many = False
         self._since = time.monotonic()
-        self._cpu = time.thread_time()
 
     def look(self, now: float, *, behind: bool) -> None:
-        """Set `wait`, as of `now` (`time.monotonic`). Called on the event loop with each step.
+        """Set `wait`, as of `now` (`time.monotonic`). Called with each step of the engine.
 
         It is `behind` when the engine has made the next step already.
         """
         elapsed = now - self._since
         if elapsed >= _WINDOW:
-            cpu = time.thread_time()
-            self._busy = cpu - self._cpu > elapsed * (_AT_EASE if self._busy else _BUSY)
-            self._since, self._cpu = now, cpu
-        self.wait = self.seconds * (_BEHIND if behind else _EARLY) if self._busy else 0.0
+            self._many = self.tokens >= elapsed * (_FEW if self._many else _MANY)
+            self._since, self.tokens = now, 0
+        self.wait = self.seconds * (_BEHIND if behind else _EARLY) if self._many else 0.0

@@ -162,6 +162,7 @@ class RunningRequest:
     def take(self, token_ids: list[int], now: float) -> None:
         """Take the next tokens of a stream, the text of which the detokenizer has."""
         self._tokens += token_ids
+        self._path.pace.tokens += len(token_ids)
         if self._begun:
             if len(self._tokens) < self._interval:
                 return
