@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,7 +10,19 @@ if TYPE_CHECKING:
 
 
 def sampling_params(request: EngineRequest) -> Any:
-    """`SamplingParams` for `request`."""
+    """`SamplingParams` for `request`, which may be those of another that asks for the same.
+
+    vLLM works on a copy of its own; the sets in it are shared, and only ever get the model's
+    end-of-text tokens.
+    """
+    asked = request.sampling
+    prompt = request.on_prompt is not None
+    if asked.grammar is not None or asked.logit_bias is not None:
+        return _made(asked, deltas=request.deltas, prompt=prompt)
+    return _kept(asked, deltas=request.deltas, prompt=prompt)
+
+
+def _made(asked: Sampling, *, deltas: bool, prompt: bool) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import (
         RepetitionDetectionParams,
@@ -17,7 +30,6 @@ def sampling_params(request: EngineRequest) -> Any:
         StructuredOutputsParams,
     )
 
-    asked: Sampling = request.sampling
     structured = None
     if asked.grammar is not None:
         structured = StructuredOutputsParams(**{asked.grammar.kind: asked.grammar.text})
@@ -54,9 +66,12 @@ def sampling_params(request: EngineRequest) -> Any:
         repetition_detection=repetition,
         stream_interval=asked.stream_interval,
         logprobs=asked.logprobs,
-        prompt_logprobs=asked.prompt_logprobs if request.on_prompt is not None else None,
+        prompt_logprobs=asked.prompt_logprobs if prompt else None,
         logit_bias=dict(asked.logit_bias) if asked.logit_bias else None,
         structured_outputs=structured,
-        output_kind=RequestOutputKind.DELTA if request.deltas else RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,  # made for this request alone
+        output_kind=RequestOutputKind.DELTA if deltas else RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,  # a copy of the whole would be deep
     )
+
+
+_kept = lru_cache(256)(_made)
