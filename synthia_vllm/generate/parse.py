@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, TypeVar, get_args
 
 from pydantic import ValidationError
 
 from synthia_vllm.errors import InvalidRequest
-from synthia_vllm.generate.protocol import NO_TOOLS, TEXT_ONLY, StrictModel
+from synthia_vllm.generate.protocol import NO_TOOLS, TEXT_ONLY, RequestBody, StrictModel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,7 @@ _MOST_IGNORED: Final = 16
 UNSUPPORTED_VALUE: Final = "unsupported_value"
 """The type of a `PydanticCustomError` whose text is why a value cannot be had."""
 
-Parsed = TypeVar("Parsed", bound=StrictModel)
+Parsed = TypeVar("Parsed", bound=RequestBody)
 
 
 def parse(model: type[Parsed], body: bytes, *, refuse_unknown: bool) -> Parsed:
@@ -40,11 +41,13 @@ def parse(model: type[Parsed], body: bytes, *, refuse_unknown: bool) -> Parsed:
     raise _refusal(max(same_field, key=lambda p: (len(p["loc"]), not p["type"].endswith("_type"))))
 
 
-def _check_unknown(request: StrictModel, *, refuse_unknown: bool) -> None:
+def _check_unknown(request: RequestBody, *, refuse_unknown: bool) -> None:
     """Note what is ignored. Raises `InvalidRequest` for a field that must not be."""
     ignored: dict[str, None] = {}
     for path_to, part in _parts(request):
-        for name, value in (part.model_extra or {}).items():
+        if not part.__pydantic_extra__:
+            continue
+        for name, value in part.__pydantic_extra__.items():
             why, neutral = request.unsupported.get(name, ("no such field is known here", None))
             if value is None or (
                 neutral is not None
@@ -62,7 +65,8 @@ def _check_unknown(request: StrictModel, *, refuse_unknown: bool) -> None:
             raise InvalidRequest(
                 f"`{path}` is not supported: {why}.", param=path, code="unsupported_parameter"
             )
-    request._ignored = tuple(ignored)
+    if ignored:
+        request._ignored = tuple(ignored)
 
 
 def _shown_path(path_to: str, name: str) -> str:
@@ -75,12 +79,27 @@ def _shown_path(path_to: str, name: str) -> str:
 def _parts(part: StrictModel, path_to: str = "") -> Iterator[tuple[str, StrictModel]]:
     """All objects of a request that have named fields, each with the path in front of them."""
     yield path_to, part
-    for name, value in part.__dict__.items():
+    for name in _holders(type(part)):
+        value = getattr(part, name)
         if isinstance(value, StrictModel):
             yield from _parts(value, f"{path_to}{name}.")
-        elif isinstance(value, list) and value and isinstance(value[0], StrictModel):
+        elif isinstance(value, list):
             for index, item in enumerate(value):
-                yield from _parts(item, f"{path_to}{name}[{index}].")
+                if isinstance(item, StrictModel):
+                    yield from _parts(item, f"{path_to}{name}[{index}].")
+
+
+@cache
+def _holders(model: type[StrictModel]) -> tuple[str, ...]:
+    """The fields of `model` that can hold objects with named fields: most hold none."""
+    fields = model.model_fields.items()
+    return tuple(name for name, field in fields if _holds_objects(field.annotation))
+
+
+def _holds_objects(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
+        return True
+    return any(map(_holds_objects, get_args(annotation)))
 
 
 def _refusal(problem: Any) -> InvalidRequest:

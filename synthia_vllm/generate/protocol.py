@@ -2,7 +2,7 @@
 
 A field that is known is honoured or refused. One that would change the answer and cannot be had
 here is refused by name, unless its value asks for nothing (``"tools": []``; null always does). Any
-other is let pass, and said: `StrictModel.ignored`. `parse` holds requests to that.
+other is let pass, and said: `RequestBody.ignored`. `parse` holds requests to that.
 
 Source: OpenAI's API reference; vLLM's extra sampling parameters.
 """
@@ -70,13 +70,18 @@ class StrictModel(BaseModel):
     """An object of a request. What it does not know is kept, for `parse` to look at."""
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class RequestBody(StrictModel):
+    """A whole request."""
+
     unsupported: ClassVar[Unsupported] = {}
-    """Of a whole request: the fields at any depth that are refused by name."""
+    """The fields at any depth that are refused by name."""
     _ignored: tuple[str, ...] = PrivateAttr(())
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        """Of the whole request: paths of fields that changed nothing, as ``messages[].id``."""
+        """Paths of fields that changed nothing, as ``messages[].id``."""
         return self._ignored
 
 
@@ -154,7 +159,7 @@ class RepetitionDetection(StrictModel):
     """How often it must come."""
 
 
-class SamplingRequest(StrictModel):
+class SamplingRequest(RequestBody):
     """What all requests for text have in common: how tokens are chosen.
 
     `None` everywhere means: the server's default, which is the model card's.

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from synthia_vllm.generate.protocol import MAX_METADATA, StrictModel, at_most
+from synthia_vllm.generate.protocol import MAX_METADATA, RequestBody, at_most
 
 MAX_ERRORS: Final = 100
 """Faulty lines that are told of one batch; who has more has one fault many times."""
@@ -57,7 +57,7 @@ class FileList(BaseModel):
     has_more: bool
 
 
-class BatchRequest(StrictModel):
+class BatchRequest(RequestBody):
     """The body of ``POST /v1/batches``."""
 
     input_file_id: str = Field(max_length=64)

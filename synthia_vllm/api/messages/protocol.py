@@ -18,6 +18,7 @@ from synthia_vllm.generate.protocol import (
     TEXT_ONLY,
     UNSUPPORTED,
     Int,
+    RequestBody,
     SamplingRequest,
     StopString,
     StrictModel,
@@ -92,7 +93,7 @@ class MessageParam(StrictModel):
     content: Content
 
 
-class CountTokensRequest(StrictModel):
+class CountTokensRequest(RequestBody):
     """The body of ``POST /v1/messages/count_tokens``: what makes a prompt."""
 
     unsupported = _UNSUPPORTED

@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from pydantic import BaseModel, Field
 
-from synthia_vllm.generate.protocol import StrictModel, TokenId, Unsupported
+from synthia_vllm.generate.protocol import RequestBody, TokenId, Unsupported
 
 
-class TokenizeRequest(StrictModel):
+class TokenizeRequest(RequestBody):
     """The body of ``POST /tokenize``."""
 
     unsupported: ClassVar[Unsupported] = {
@@ -35,7 +35,7 @@ class Tokens(BaseModel):
     token_strs: list[str] | None = None
 
 
-class DetokenizeRequest(StrictModel):
+class DetokenizeRequest(RequestBody):
     """The body of ``POST /detokenize``."""
 
     tokens: list[TokenId]
