@@ -81,12 +81,6 @@ async def parse_body(
     return asked
 
 
-async def client_left(receive: Receive) -> None:
-    """Return when the connection is gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def deadline(headers: dict[bytes, bytes], longest: float) -> float:
     """The seconds this request may take: what it asks for, up to the server's own limit."""
     asked = headers.get(_TIMEOUT.lower().encode())

@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import (
@@ -52,7 +52,6 @@ from uvicorn.protocols.http.httptools_impl import (
 
 from synthia_vllm.errors import ApiError, InvalidRequest, Unavailable
 from synthia_vllm.http.errors import error_response, request_id
-from synthia_vllm.http.sse import WRITE
 
 if TYPE_CHECKING:
     from asyncio import TimerHandle, Transport
@@ -66,6 +65,27 @@ _LINGER_SECONDS: Final = 1.0  # for a refused client to read why, and to hang up
 _LAST_LOOK_SECONDS: Final = 0.01
 _MEGABYTE: Final = 1_000_000
 _MAX_SURPLUS_BYTES: Final = 1 << 20  # sent by a client after all that will be read from it
+
+
+CONNECTION: Final = "synthia.connection"
+"""The ASGI extension that is the request's `Connection`."""
+
+
+class Connection(Protocol):
+    """What an app may ask of the connection of its request besides what ASGI has."""
+
+    def write_part(self, data: bytes) -> bool:
+        """Write `data`, part of the body of a streamed response that has begun; never waits.
+
+        Returns false if the client does not take what is written: then the next part had better
+        go through ASGI's `send`, which waits for it.
+        """
+
+    def on_left(self, tell: Callable[[], None]) -> None:
+        """Have `tell` called if the client leaves before it has the response; at once, if it has.
+
+        It may be called more than once.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +159,7 @@ class GuardedProtocol(HttpToolsProtocol):
     _stalled: TimerHandle | None = None  # runs while the client does not take what is written
     _watch: TimerHandle | None = None
     _was_closing = False
+    _tell_left: Callable[[], None] | None = None
     _refused = False
     _bare_bytes = 0  # read since the last byte of a body: heads, chunk sizes, trailers, surplus
 
@@ -153,6 +174,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._note_left()
         for timer in (self._deadline, self._stalled, self._watch):
             if timer is not None:
                 timer.cancel()
@@ -188,7 +210,9 @@ class GuardedProtocol(HttpToolsProtocol):
             self._await_request()
         self.cycle = None  # type: ignore[assignment]  # so that it is always this request's
         super().on_message_begin()
-        self.scope["extensions"] = {WRITE: {"part": self.write_part}}
+        self._tell_left = None
+        # No dictionary, as others' extensions are: it would be made for each request.
+        self.scope["extensions"] = {CONNECTION: self}  # type: ignore[dict-item]
 
     def on_headers_complete(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -227,15 +251,16 @@ class GuardedProtocol(HttpToolsProtocol):
             self._stalled.cancel()
 
     def write_part(self, data: bytes) -> bool:
-        """Write `data`, part of the body of a streamed response that has begun; never waits.
-
-        Returns false if the client does not take what is written: then the next part had better
-        go through ASGI's `send`, which waits for it.
-        """
+        """As in `Connection`."""
         if not self.cycle.disconnected:
             chunked = self.cycle.chunked_encoding
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
         return not self.flow.write_paused
+
+    def on_left(self, tell: Callable[[], None]) -> None:
+        """As in `Connection`."""
+        self._tell_left = tell
+        self._note_left()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest(msg, code="invalid_http"))
@@ -313,6 +338,13 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True
             self.cycle.waiting_for_100_continue = False  # it must not be written any more
             self.cycle.message_event.set()
+            self._note_left()
+
+    def _note_left(self) -> None:
+        """Say so, if the client has left before it had the response."""
+        cycle, tell = self.cycle, self._tell_left
+        if tell is not None and cycle is not None and cycle.disconnected:
+            tell()
 
     def _discard(self) -> None:
         """Drop what comes after all that counts, but go on reading, to notice a disconnect.

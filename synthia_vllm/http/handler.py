@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from asyncio import FIRST_COMPLETED
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import to_json
@@ -20,22 +19,21 @@ from synthia_vllm.generate.response import ResponseCollector, ResponseState
 from synthia_vllm.http.body import (
     IGNORED,
     ClientLeft,
-    client_left,
     deadline,
     identify,
     read_body,
 )
+from synthia_vllm.http.connection import CONNECTION
 from synthia_vllm.http.errors import error_response, request_id
-from synthia_vllm.http.sse import WRITE, Stream, stream_answer
+from synthia_vllm.http.sse import Stream, stream_answer
 from synthia_vllm.ledger.rows import UNKNOWN, Used
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from starlette.types import Message, Receive, Scope, Send
 
     from synthia_vllm.admission.permits import AdmissionPermit
     from synthia_vllm.generate.response import Prepared
+    from synthia_vllm.http.connection import Connection
     from synthia_vllm.http.route import GenerationRoute
     from synthia_vllm.http.state import ServerState
 
@@ -53,9 +51,8 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = self._state
-        write = scope.get("extensions", {}).get(WRITE, {}).get("part")
         headers = dict(scope["headers"])
-        exchange = _Exchange(state, self._route, headers, send, write=write)
+        exchange = _Exchange(state, self._route, headers, send, scope["extensions"][CONNECTION])
         state.open(exchange)
         try:
             permit = await exchange.admit()
@@ -81,14 +78,13 @@ class _Exchange:
         route: GenerationRoute,
         headers: dict[bytes, bytes],
         send: Send,
-        *,
-        write: Callable[[bytes], bool] | None,
+        connection: Connection,
     ) -> None:
         self._state = state
         self._route = route
         self._request_headers = headers
         self._send = send
-        self._write = write
+        self._connection = connection
         self._arrived = time.perf_counter()
         self._span = None
         if state.tracer:
@@ -100,8 +96,8 @@ class _Exchange:
         self._prepared: Prepared | None = None
         self._response: ResponseState | None = None
         self._stream: Stream | None = None
-        self._work: asyncio.Task[None] | None = None
-        self._ended_by: ApiError | None = None
+        self._task: asyncio.Task[Any] | None = None  # while it may be ended
+        self._ended_by: ApiError | ClientLeft | None = None
         self._started = False
         self.status = 500
 
@@ -118,31 +114,33 @@ class _Exchange:
         limits = self._state.settings.limits
         seconds = deadline(self._request_headers, limits.request_seconds)
         body = await read_body(self._request_headers, receive, limits.max_body_bytes)
-        self._work = work = asyncio.create_task(self._answer(body, permit))
-        watching = asyncio.create_task(client_left(receive))
+        left = seconds - (time.perf_counter() - self._arrived)
+        # In this very task: another, and one that waits for the client to leave, cost 40 us.
+        self._task = task = asyncio.current_task()
+        self._connection.on_left(lambda: self.end(ClientLeft()))
         try:
-            left = seconds - (time.perf_counter() - self._arrived)
-            await asyncio.wait((work, watching), timeout=left, return_when=FIRST_COMPLETED)
-            if work.cancelled() and self._ended_by is not None:
-                raise self._ended_by
-            if not work.done():
-                raise ClientLeft if watching.done() else DeadlineExceeded(seconds)
-            work.result()
+            async with asyncio.timeout(left) as clock:
+                await self._answer(body, permit)
+        except asyncio.CancelledError:
+            if self._ended_by is None or task is None:
+                raise
+            task.uncancel()
+            raise self._ended_by from None
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            raise DeadlineExceeded(seconds) from None
         finally:
-            watching.cancel()
-            if not work.done():
-                work.cancel()
-                await asyncio.wait((work,))  # until the engine has freed the request
-            # An error's traceback holds this frame, which holds the task, which holds the error:
-            # bodies would stay in memory until the garbage collector comes round.
-            self._work = None
-            del work, watching, body
+            # An error's traceback holds this frame: with the error in it, or the body, these would
+            # stay in memory until the garbage collector comes round.
+            self._task = self._ended_by = None
+            del body
 
-    def end(self, error: ApiError) -> None:
-        """End this exchange with `error`, whatever it is at."""
-        if self._work is not None and not self._work.done():
+    def end(self, error: ApiError | ClientLeft) -> None:
+        """End this exchange with `error`, whatever it is at; the first word counts."""
+        if self._task is not None and self._ended_by is None:
             self._ended_by = error
-            self._work.cancel()
+            self._task.cancel()
 
     async def _answer(self, body: bytes, permit: AdmissionPermit) -> None:
         state, route = self._state, self._route
@@ -168,7 +166,7 @@ class _Exchange:
                 state.writes,
                 state.metrics.of(prepared.model),
                 arrived=self._arrived,
-                write=self._write,
+                write=self._connection.write_part,
             )
             await stream_answer(
                 response,

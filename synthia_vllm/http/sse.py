@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WRITE: Final = "synthia.write"
-"""The ASGI extension whose entry ``part`` is a `Stream`'s `write`."""
 _GAPS_AT_ONCE: Final = 64  # some seconds of a stream: metrics are not later than a scrape
 _COMMENT: Final = b": waiting\n\n"  # not an event: clients pass over it
 
