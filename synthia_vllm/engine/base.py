@@ -198,11 +198,14 @@ class Engine(Protocol):
     async def start(self, progress: Callable[[str], None]) -> None:
         """Load the model, telling `progress` of each step. Raises `StartupError`."""
 
-    async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
+    async def tokenize(
+        self, text: str, *, special_tokens: bool = False, cache_salt: str | None = None
+    ) -> list[int]:
         """The prompt's token ids: the beginning-of-text token, then those of `text`.
 
         With `special_tokens`, what looks like a special token in `text` (``</s>``) becomes that
-        token; without, it is text like any other. Never blocks the event loop.
+        token; without, it is text like any other. What was tokenised under the same `cache_salt`
+        (see `EngineRequest`) may be remembered. Never blocks the event loop.
         """
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -72,7 +72,9 @@ class FakeEngine:
     async def start(self, progress: Callable[[str], None]) -> None:
         progress("starting the fake engine")
 
-    async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
+    async def tokenize(
+        self, text: str, *, special_tokens: bool = False, cache_salt: str | None = None
+    ) -> list[int]:
         return [BOS, *(FIRST_BYTE + byte for byte in text.encode())]
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -45,6 +45,8 @@ class Composed:
     """The client sent the beginning of the answer."""
     question: str
     """What the user said last, as it was sent."""
+    cache_salt: str | None
+    """As in the `EngineRequest`."""
     usage: UsageEvents
     escaped_markers: int
     dropped_messages: int
@@ -57,6 +59,7 @@ async def compose(
     settings: Settings,
     user: User,
     *,
+    cache_salt: str | None,
     max_tokens: int | None,
     grammar: Grammar | None = None,
     logprobs: int | None = None,
@@ -79,7 +82,9 @@ async def compose(
     if not grammar and not request.min_tokens:
         blank = tuple(stop for stop in stops if stop.isspace())
         stops = [stop for stop in stops if not stop.isspace()]
-    text, token_ids, dropped = await fit(turns, asked, engine, settings, may_drop=may_drop)
+    text, token_ids, dropped = await fit(
+        turns, asked, engine, settings, cache_salt=cache_salt, may_drop=may_drop
+    )
     return Composed(
         text,
         token_ids,
@@ -96,6 +101,7 @@ async def compose(
         blank_stops=blank,
         continued=bool(turns) and turns[-1].role == "assistant" and bool(turns[-1].content),
         question=next((m.content for m in reversed(messages) if m.role == "user"), ""),
+        cache_salt=cache_salt,
         usage=usage,
         escaped_markers=escaped,
         dropped_messages=dropped,
@@ -111,7 +117,7 @@ async def prepare(call: Call, request: SamplingRequest, composed: Composed) -> P
         sampling=sampling,
         # With these the engine runs past the answer's end; seeing each step, we end it.
         deltas=bool(request.stream) or sampling.min_tokens > 0 or bool(composed.blank_stops),
-        cache_salt=permit.cache_salt(request.cache_salt),
+        cache_salt=composed.cache_salt,
         priority=await permit.claim(len(composed.token_ids), sampling.max_tokens, sampling.n),
         trace_headers=call.trace_headers,
     )

@@ -21,14 +21,15 @@ async def fit(
     engine: Engine,
     settings: Settings,
     *,
+    cache_salt: str | None = None,
     may_drop: bool = False,
 ) -> tuple[str, list[int], int]:
     """The prompt and its tokens, with as few of the oldest turn pairs dropped as it takes to fit.
 
     Pairs are dropped where the setting `overflow` or `may_drop` allows it. Also returns the number
-    of messages dropped. An answer needs one token; where pairs may be
-    dropped it gets `answer_reserve`, so that a long conversation is not answered in
-    a word.
+    of messages dropped. An answer needs one token; where pairs may be dropped it gets
+    `answer_reserve`, so that a long conversation is not answered in a word. `cache_salt` is as for
+    `Engine.tokenize`.
     """
     context = engine.model_info.max_model_len
     # A longer text has more tokens than fit, whatever it says: the rest need not be counted.
@@ -40,7 +41,9 @@ async def fit(
         text = render(drop_turn_pairs(messages, start)[0], settings.prompt_format)
         counted_all = len(text) <= longest
         return text, await engine.tokenize(
-            text[:longest], special_tokens=settings.markers is Markers.ALLOW
+            text[:longest],
+            special_tokens=settings.markers is Markers.ALLOW,
+            cache_salt=cache_salt,
         )
 
     text, token_ids = await prompt_from(0)

@@ -26,7 +26,8 @@ def add_render(app: Application, state: ServerState) -> None:
         """The exact prompt a chat request would be answered from; nothing runs."""
         asked = await parse_body(ChatRequest, state, request, response)
         user = state.admission.user(request.state.user)
-        composed = await compose(asked, engine, settings, user)
+        cache_salt = state.admission.cache_salt(request.state.user, asked.cache_salt)
+        composed = await compose(asked, engine, settings, user, cache_salt)
         sampling = composed.sampling
         shown = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "n")
         return RenderedPrompt(

@@ -25,11 +25,15 @@ async def prepare(call: Call) -> Prepared:
     Raises `InvalidRequest`, and whatever `AdmissionPermit.claim` raises.
     """
     request = call.parse(ChatRequest)
-    composed = await compose(request, call.engine, call.settings, call.permit.user)
+    permit = call.permit
+    cache_salt = permit.cache_salt(request.cache_salt)
+    composed = await compose(request, call.engine, call.settings, permit.user, cache_salt)
     return await conversation.prepare(call, request, composed)
 
 
-async def compose(request: ChatRequest, engine: Engine, settings: Settings, user: User) -> Composed:
+async def compose(
+    request: ChatRequest, engine: Engine, settings: Settings, user: User, cache_salt: str | None
+) -> Composed:
     """All that is decided of a request by what it says. Raises `InvalidRequest`."""
     messages = turns(request.messages)
     # System messages are no turns.
@@ -68,6 +72,7 @@ async def compose(request: ChatRequest, engine: Engine, settings: Settings, user
             engine,
             settings,
             user,
+            cache_salt=cache_salt,
             max_tokens=_asked_tokens(request),
             grammar=grammar,
             logprobs=(request.top_logprobs or 0) if request.logprobs else None,

@@ -29,7 +29,8 @@ def add_count_tokens(app: Application, state: ServerState) -> None:
         asked = await parse_body(CountTokensRequest, state, request, response)
         user = state.admission.user(request.state.user)
         sampling = SamplingRequest(model=asked.model)
-        composed = await compose(asked, sampling, engine, settings, user)
+        cache_salt = state.admission.cache_salt(request.state.user, None)
+        composed = await compose(asked, sampling, engine, settings, user, cache_salt=cache_salt)
         return TokenCount(input_tokens=len(composed.token_ids))
 
     app.bodies[path] = CountTokensRequest

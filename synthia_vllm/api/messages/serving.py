@@ -33,6 +33,7 @@ async def prepare(call: Call) -> Prepared:
         call.engine,
         call.settings,
         call.permit.user,
+        cache_salt=call.permit.cache_salt(request.cache_salt),
         max_tokens=request.max_tokens,
         grammar=_grammar(request),
     )
@@ -46,6 +47,7 @@ async def compose(
     settings: Settings,
     user: User,
     *,
+    cache_salt: str | None,
     max_tokens: int | None = None,
     grammar: Grammar | None = None,
 ) -> Composed:
@@ -59,7 +61,14 @@ async def compose(
         messages.append(Message("system", _text(asked.system)))
     try:
         return await conversation.compose(
-            sampling, messages, engine, settings, user, max_tokens=max_tokens, grammar=grammar
+            sampling,
+            messages,
+            engine,
+            settings,
+            user,
+            cache_salt=cache_salt,
+            max_tokens=max_tokens,
+            grammar=grammar,
         )
     except InvalidRequest as error:
         raise error.under({f"messages[{len(asked.messages)}].content": "system"}) from None

@@ -41,6 +41,7 @@ async def prepare(call: Call) -> Prepared:
             call.engine,
             call.settings,
             call.permit.user,
+            cache_salt=call.permit.cache_salt(request.cache_salt),
             max_tokens=request.max_output_tokens,
             grammar=_grammar_of(request),
             logprobs=request.wanted_logprobs,

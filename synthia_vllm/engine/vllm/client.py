@@ -192,8 +192,12 @@ class VllmEngine:
             examples=examples(self._model),
         )
 
-    async def tokenize(self, text: str, *, special_tokens: bool = False) -> list[int]:
-        return await self._tokenizer.encode(text, special_tokens=special_tokens)
+    async def tokenize(
+        self, text: str, *, special_tokens: bool = False, cache_salt: str | None = None
+    ) -> list[int]:
+        return await self._tokenizer.encode(
+            text, special_tokens=special_tokens, cache_salt=cache_salt
+        )
 
     def token_bytes(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)

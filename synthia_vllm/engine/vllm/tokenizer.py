@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from synthia_vllm.engine.vllm.detokenizer import table
+from synthia_vllm.engine.vllm.token_cache import TokenCache, breaks_at_lines, pieces
 from synthia_vllm.errors import StartupError
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._encoders = encoders(tokenizer)
+        plain = self._encoders[False]
+        self._cache = (
+            TokenCache(len(tokenizer)) if breaks_at_lines(json.loads(plain.to_str())) else None
+        )
+        self._front = len(plain.encode("\n").ids) - 1  # tokens put in front of what begins so
         self._token = tokenizer.convert_ids_to_tokens
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
         backend = tokenizer.backend_tokenizer
@@ -44,16 +50,41 @@ class Tokenizer:
         self.eos: str = tokenizer.eos_token
         self.eos_id: int = tokenizer.eos_token_id
 
-    async def encode(self, text: str, *, special_tokens: bool) -> list[int]:
+    async def encode(
+        self, text: str, *, special_tokens: bool, cache_salt: str | None = None
+    ) -> list[int]:
         """As `Engine.tokenize`."""
+        cache = self._cache
+        if special_tokens or cache is None:
+            [tokens] = await self._encode([text], special_tokens=special_tokens)
+            return tokens
+        parts = pieces(text)
+        last = len(parts) - 1
+        known = [cache.get((cache_salt, n == 0, part)) for n, part in enumerate(parts[:last])]
+        known.append(None)  # no other text has that one, as a rule
+        missing = [part for part, ids in zip(parts, known, strict=True) if ids is None]
+        fresh = iter(await self._encode(missing, special_tokens=False))
+        tokens = []
+        for n, (part, kept) in enumerate(zip(parts, known, strict=True)):
+            ids = kept
+            if ids is None:
+                ids = next(fresh)
+                if n:
+                    del ids[: self._front]
+                if n < last:
+                    cache.keep((cache_salt, n == 0, part), ids)
+            tokens += ids
+        return tokens
+
+    async def _encode(self, texts: list[str], *, special_tokens: bool) -> list[list[int]]:
         # Of the tokenizer's calls only those for a batch let go of the GIL.
         encode = self._encoders[special_tokens].encode_batch_fast
-        if len(text) <= _SHORT_TEXT:
-            [encoding] = encode([text])
+        if sum(map(len, texts)) <= _SHORT_TEXT:
+            encodings = encode(texts)
         else:
             loop = asyncio.get_running_loop()
-            [encoding] = await loop.run_in_executor(self._threads, encode, [text])
-        return list(encoding.ids)
+            encodings = await loop.run_in_executor(self._threads, encode, texts)
+        return [encoding.ids for encoding in encodings]
 
     def token_bytes(self, token_id: int) -> bytes:
         """As `Engine.token_bytes`."""
