@@ -300,8 +300,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _allow_for_upload(self) -> None:
         """Give a large file the time it takes to come in, if it is sent at a fair pace."""
-        [length, *_] = [v for k, v in self.headers if k == b"content-length"] or [b"0"]
-        size = int(length)
+        size = int(next((value for name, value in self.headers if name == b"content-length"), 0))
         if self._deadline is not None and _MEGABYTE < size <= self._limits.max_upload_bytes:
             self._deadline.cancel()
             seconds = self._limits.receive_seconds + size / _MEGABYTE

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
 import re
-import uuid
 from typing import TYPE_CHECKING, Any, Final
 
 from pydantic_core import to_json
@@ -27,7 +27,7 @@ _REQUEST_ID: Final = re.compile(rb"[\x21-\x7e]{1,128}")
 def request_id(headers: Mapping[bytes, bytes]) -> str:
     """The client's ``X-Request-Id``, if it is a sensible one, or a new id."""
     value = headers.get(b"x-request-id", b"")
-    return str(value, "ascii") if _REQUEST_ID.fullmatch(value) else uuid.uuid4().hex
+    return str(value, "ascii") if _REQUEST_ID.fullmatch(value) else os.urandom(16).hex()
 
 
 def openai_envelope(error: ApiError, _request_id: str) -> Mapping[str, Any]:

@@ -98,6 +98,7 @@ class _Exchange:
         self._stream: Stream | None = None
         self._task: asyncio.Task[Any] | None = None  # while it may be ended
         self._ended_by: ApiError | ClientLeft | None = None
+        self._ignored: tuple[str, ...] = ()
         self._started = False
         self.status = 500
 
@@ -147,8 +148,9 @@ class _Exchange:
         trace_headers = self._span.headers if self._span else None
         call = Call(self.id, body, permit, state.engine, state.settings, trace_headers)
         self._prepared = prepared = await route.prepare(call)
-        if prepared.request.ignored:
-            state.note_ignored(prepared.request.ignored)
+        self._ignored = prepared.request.ignored
+        if self._ignored:
+            state.note_ignored(self._ignored)
         self._response = response = ResponseState(
             prepared,
             self.id,
@@ -285,8 +287,8 @@ class _Exchange:
         if self._prepared is not None and self._prepared.dropped_messages:
             dropped = str(self._prepared.dropped_messages).encode()
             headers.append((b"x-synthia-dropped-messages", dropped))
-        if self._prepared is not None and self._prepared.request.ignored:
-            headers.append((IGNORED, ", ".join(self._prepared.request.ignored).encode()))
+        if self._ignored:
+            headers.append((IGNORED, ", ".join(self._ignored).encode()))
         return headers
 
     async def _respond(self, status: int, headers: list[tuple[bytes, bytes]], body: bytes) -> None:

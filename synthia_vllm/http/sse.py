@@ -182,12 +182,15 @@ class Stream:
         more.
         """
         if not self._kept and self._error is None:
-            self._wake = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            self._wake = loop.create_future()
+            clock = None if seconds is None else loop.call_later(seconds, self._tire)
             try:
-                async with asyncio.timeout(seconds):
-                    await self._wake
+                await self._wake
             finally:
                 self._wake = self._direct = None
+                if clock is not None:
+                    clock.cancel()
         if not self._kept and self._error is not None:
             raise self._error
         return self._take()
@@ -227,6 +230,10 @@ class Stream:
             if len(self._gaps) == _GAPS_AT_ONCE:
                 self.count()
         self._last_text = now
+
+    def _tire(self) -> None:
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_exception(TimeoutError())
 
     def _wake_up(self) -> None:
         if self._wake is not None and not self._wake.done():

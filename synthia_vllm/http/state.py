@@ -15,6 +15,7 @@ from synthia_vllm.admission.users import new_cache_secret
 from synthia_vllm.errors import ApiError, EngineDead, StartupError, Unavailable, without_password
 from synthia_vllm.http.sse import WriteBatcher
 from synthia_vllm.ledger.writer import open_ledger
+from synthia_vllm.telemetry.metrics import settle
 from synthia_vllm.telemetry.tracing import Tracer
 from synthia_vllm.telemetry.transcript import Transcripts
 from synthia_vllm.template.formats import VERSION
@@ -246,6 +247,7 @@ class ServerState:
             progress(f"ready: {', '.join(self.settings.served)} at http://{host}:{port}/v1")
             while True:
                 self.engine.check()
+                settle()
                 if self.admission.reload_changed() == "failed":
                     self.metrics.key_reload_failures.inc()
                 await asyncio.sleep(0.25)
@@ -262,6 +264,7 @@ class ServerState:
 
     async def close(self) -> None:
         """Give back what is held, and write what is still to be written."""
+        settle()
         await self.admission.close()
         if self._transcripts is not None:
             self._transcripts.close()

@@ -9,9 +9,12 @@ from __future__ import annotations
 import os
 from bisect import bisect_left
 from collections import Counter as Counts
+from collections import deque
 from dataclasses import dataclass
 from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Final
+from weakref import WeakSet
 
 from prometheus_client import (
     CollectorRegistry,
@@ -23,9 +26,14 @@ from prometheus_client import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable
+
+    from prometheus_client.samples import Sample
 
 _SHARED: Final = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's name for it
+
+_WAITING: Final = 512
+"""Values of a histogram, at most, that are not in their buckets yet."""
 
 _TTFT_BUCKETS: Final = (0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80)
 _ITL_BUCKETS: Final = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2.5, 10)
@@ -33,23 +41,63 @@ _E2E_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320
 
 
 class BulkHistogram(Histogram):
-    """A histogram that takes many values at once, as streaming has them.
+    """A histogram whose values wait until somebody looks, or there are many.
 
-    prometheus_client takes them one by one, going through the buckets for each under two locks.
+    prometheus_client goes through the buckets for each of them under two locks, and a request has
+    some twenty values. Where several processes share it, they have to be settled now and then: see
+    `settle`.
 
     prometheus_client internal: `prometheus_client.metrics.Histogram._upper_bounds`,
-    `prometheus_client.metrics.Histogram._buckets`, `prometheus_client.metrics.Histogram._sum`.
+    `prometheus_client.metrics.Histogram._buckets`, `prometheus_client.metrics.Histogram._sum`;
+    and, overridden, `prometheus_client.metrics.Histogram._metric_init` and
+    `prometheus_client.metrics.Histogram._child_samples`.
     """
 
-    def observe_all(self, amounts: Sequence[float]) -> None:
+    def _metric_init(self) -> None:
+        super()._metric_init()
+        self._waiting: deque[float] = deque()
+        self._settling = Lock()  # scrapes come from other threads
+        _all.add(self)
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        """Take a value. There are no exemplars here."""
+        self._waiting.append(amount)
+        if len(self._waiting) >= _WAITING:
+            self.settle()
+
+    def observe_all(self, amounts: Iterable[float]) -> None:
         """The same as `observe` for each of `amounts`."""
-        counts: dict[int, int] = {}
-        for amount, count in Counts(amounts).items():  # of a step's gaps most are the same
-            bucket = bisect_left(self._upper_bounds, amount)
-            counts[bucket] = counts.get(bucket, 0) + count
-        for bucket, count in counts.items():
-            self._buckets[bucket].inc(count)
-        self._sum.inc(sum(amounts))
+        self._waiting.extend(amounts)
+        if len(self._waiting) >= _WAITING:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put all that waits into its buckets."""
+        if not self._waiting:
+            return
+        with self._settling:
+            take = self._waiting.popleft
+            amounts = [take() for _ in range(len(self._waiting))]
+            counts: dict[int, int] = {}
+            for amount, count in Counts(amounts).items():  # of a step's gaps most are the same
+                bucket = bisect_left(self._upper_bounds, amount)
+                counts[bucket] = counts.get(bucket, 0) + count
+            for bucket, count in counts.items():
+                self._buckets[bucket].inc(count)
+            self._sum.inc(sum(amounts))
+
+    def _child_samples(self) -> Iterable[Sample]:
+        self.settle()
+        return super()._child_samples()
+
+
+_all: WeakSet[BulkHistogram] = WeakSet()
+
+
+def settle() -> None:
+    """Let other processes see what this one's histograms have been told."""
+    for histogram in list(_all):
+        histogram.settle()
 
 
 class LazyGauge(Gauge):
@@ -67,11 +115,16 @@ class LazyGauge(Gauge):
 
 
 class LazyCounter(Counter):
-    """A counter that is mostly told of nothing new."""
+    """A counter that is mostly told of nothing new.
+
+    prometheus_client internal: `prometheus_client.metrics.Counter._value`.
+    """
 
     def inc(self, amount: float = 1, exemplar: dict[str, str] | None = None) -> None:
         """Count, if there is anything to count."""
-        if amount:
+        if amount > 0 and not exemplar:
+            self._value.inc(amount)  # which `Counter` does after looking at more than that
+        elif amount:
             super().inc(amount, exemplar)
 
 
@@ -79,10 +132,10 @@ class LazyCounter(Counter):
 class ModelSeries:
     """The series of one model name, looked up once and not per token."""
 
-    time_to_first_token: Histogram
+    time_to_first_token: BulkHistogram
     inter_token_latency: BulkHistogram
     time_per_output_token: BulkHistogram
-    end_to_end: Histogram
+    end_to_end: BulkHistogram
     prompt_tokens: Counter
     cached_prompt_tokens: Counter
     answer_tokens: Counter
@@ -112,7 +165,7 @@ class Metrics:
         self.registry = registry
 
         def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"synthia_{name}", text, labels, registry=registry)
+            return LazyCounter(f"synthia_{name}", text, labels, registry=registry)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> BulkHistogram:
             return BulkHistogram(

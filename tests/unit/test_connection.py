@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvicorn
 
-from synthia_vllm.http.connection import ConnectionLimits, guarded
+from synthia_vllm.http.connection import CONNECTION, ConnectionLimits, guarded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -80,6 +80,27 @@ class Waiting(App):
     async def answer(self, receive: Receive, send: Send) -> None:
         assert (await receive())["type"] == "http.disconnect"
         self.left.set()
+
+
+class Told(App):
+    """Answers nothing until it is told that the client left, which it asks for after `pause`."""
+
+    pause = 0.0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.requests.append((scope["path"], await self.read(receive) or b""))
+        self.began.set()
+        await asyncio.sleep(self.pause)
+        told = asyncio.Event()
+        scope["extensions"][CONNECTION].on_left(told.set)
+        await told.wait()
+        self.left.set()
+
+
+class ToldLate(Told):
+    """Asks when the client may be gone."""
+
+    pause = 0.3
 
 
 class Streaming(App):
@@ -719,7 +740,7 @@ def test_pipelined_request_is_not_started(more: bytes, together: bool) -> None:
 
 @pytest.mark.parametrize("leave", [half_close, socket.socket.close, reset])
 @pytest.mark.parametrize("pipelined", [b"", GET, GET + bytes(100_000)], ids=["no", "one", "much"])
-@pytest.mark.parametrize("app_type", [Waiting, Streaming])
+@pytest.mark.parametrize("app_type", [Waiting, Streaming, Told, ToldLate])
 def test_leaving_is_noticed(
     app_type: type[App], pipelined: bytes, leave: Callable[[socket.socket], None]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Histogram
 
 from synthia_vllm.api.chat.protocol import ChatMessage, ChatRequest
 from synthia_vllm.api.chat.wire import ChatChunks
@@ -21,7 +22,7 @@ from synthia_vllm.errors import EngineDead
 from synthia_vllm.generate import response as generate_response
 from synthia_vllm.generate.response import Delta, Prepared, ResponseState
 from synthia_vllm.http.sse import Stream, WriteBatcher, stream_answer
-from synthia_vllm.telemetry.metrics import BulkHistogram, Metrics
+from synthia_vllm.telemetry.metrics import BulkHistogram, Metrics, settle
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -261,14 +262,16 @@ def test_broken_stream_breaks_no_other(caplog: pytest.LogCaptureFixture) -> None
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_bulk_is_the_same_as_one_by_one() -> None:
-    """A histogram fed at once shows what one fed value by value shows."""
-    values = [0.0, 0.1, 0.1, 0.15, 0.2, 0.9, 1.0, 7.0]
+@pytest.mark.parametrize("times", [1, 100], ids=["few", "many"])
+def test_bulk_is_the_same_as_one_by_one(times: int) -> None:
+    """Values that wait show as prometheus_client's own do, whenever somebody looks."""
+    values = [0.0, 0.1, 0.1, 0.15, 0.2, 0.9, 1.0, 7.0] * times
     shown = []
-    for bulk in (True, False):
+    for kind in ("at once", "each", "prometheus_client"):
         registry = CollectorRegistry()
-        histogram = BulkHistogram("x", "x", registry=registry, buckets=(0.1, 0.2, 1.0))
-        if bulk:
+        made = Histogram if kind == "prometheus_client" else BulkHistogram
+        histogram = made("x", "x", registry=registry, buckets=(0.1, 0.2, 1.0))
+        if isinstance(histogram, BulkHistogram) and kind == "at once":
             histogram.observe_all(values)
             histogram.observe_all([])
         else:
@@ -282,4 +285,32 @@ def test_bulk_is_the_same_as_one_by_one() -> None:
                 if "created" not in s.name
             }
         )
-    assert shown[0] == pytest.approx(shown[1])
+    assert shown[0] == pytest.approx(shown[2])
+    assert shown[1] == pytest.approx(shown[2])
+
+
+def test_what_waits_is_lost_to_no_look() -> None:
+    """Scrapes in other threads, and the settling for other processes, find each value once."""
+    registry = CollectorRegistry()
+    histogram = BulkHistogram("x", "x", ["model"], registry=registry).labels("m")
+    looks = 0
+
+    def look() -> None:
+        nonlocal looks
+        while not over.is_set():
+            registry.get_sample_value("x_count", {"model": "m"})
+            settle()
+            looks += 1
+
+    over = threading.Event()
+    lookers = [threading.Thread(target=look) for _ in range(2)]
+    for looker in lookers:
+        looker.start()
+    for _ in range(20_000):
+        histogram.observe(1.0)
+    over.set()
+    for looker in lookers:
+        looker.join()
+    assert looks
+    assert registry.get_sample_value("x_count", {"model": "m"}) == 20_000
+    assert registry.get_sample_value("x_sum", {"model": "m"}) == 20_000
