@@ -68,7 +68,7 @@ def options(target: str, args: argparse.Namespace) -> list[str]:
 
 async def measure(target: str, args: argparse.Namespace, found: dict[int, Figures]) -> None:
     """Start `target`, and put its figures for each number of streams into `found`."""
-    meter = Meter(args.tokens)
+    meter = Meter(args.tokens, word=False)  # all answers are of that one word, unasked
 
     async def stream(streams: int) -> dict[str, float]:
         say(f"{target}: {streams} streams")
@@ -93,7 +93,7 @@ async def measure(target: str, args: argparse.Namespace, found: dict[int, Figure
         say(f"{target}: warming up")
         await meter.per_token(running, 16, args.tokens)
         for streamed in (True, False):
-            await meter.per_request(running, Talk("request", 16, 64, 1, streamed))
+            await meter.per_request(running, Talk("request", 16, 64, 1, streamed, word=False))
         # The client must not be what waits for a core; but the servers take it after it.
         with suppress(PermissionError):
             os.setpriority(os.PRIO_PROCESS, 0, -10)
@@ -103,9 +103,8 @@ async def measure(target: str, args: argparse.Namespace, found: dict[int, Figure
                 seen = await stream(streams) | {"memory_before_mib": before}
                 count = streams * min(64, max(1, args.requests // streams))
                 for kind, streamed in (("streamed", True), ("plain", False)):
-                    cost = await meter.per_request(
-                        running, Talk("request", streams, count, 1, streamed)
-                    )
+                    load = Talk("request", streams, count, 1, streamed, word=False)
+                    cost = await meter.per_request(running, load)
                     seen[f"{kind}_us_per_request"] = cost["us_per_request"]
                 note(streams, seen)
             if args.saturation and args.step_ms:

@@ -179,8 +179,9 @@ class Watched(Client):
 class Meter:
     """Takes the measurements, with prompts numbered so that none comes twice."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, tokens: int, *, word: bool = True) -> None:
         self._tokens = tokens
+        self._word = word  # see `Load`
         self._numbers = count(0, 10_000)
 
     async def per_token(
@@ -192,7 +193,7 @@ class Meter:
         """
         if tokens is None:  # they must outlast the time in which the last ones begin
             tokens = max(32, min(2 * self._tokens, 16 * self._tokens // streams))
-        load = Talk("stream", streams, streams, tokens, True)
+        load = Talk("stream", streams, streams, tokens, True, self._word)
         # Where cores are few, this process may have to wait for one, while tokens pile up.
         tries = []
         for _ in range(TRIES):

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LONG = "The seal is an animal that lives in the sea, and likes to lie on the warm sand of a shore."
-    "The seal is an animal that lives in the sea, and likes to lie on the warm sand of the shore."
-)
 # What may stand at a seam: breaks of all kinds, blanks, what is written in bytes, special tokens.
 LINES = st.lists(
     st.text("ab \n\r\t\v\u2028\u2581é日\U0001f600<>/s", max_size=8)
