@@ -21,10 +21,10 @@ import statistics
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvloop
-from lib.meter import Meter, Talk
+from lib.meter import Meter, NeverTogetherError, Talk
 from lib.report import machine, say, spread, table, write_json
 from lib.servers import STEP_MS, available, heed_sigterm, start
 
@@ -100,12 +100,19 @@ async def measure(target: str, args: argparse.Namespace, found: dict[int, Figure
         try:
             before = memory()
             for streams in args.streams:
-                seen = await stream(streams) | {"memory_before_mib": before}
+                try:
+                    seen = await stream(streams) | {"memory_before_mib": before}
+                except NeverTogetherError:  # so far behind that the last ones wait for the first
+                    print(f"{target}: {streams} streams never stream together.", file=sys.stderr)
+                    continue
                 count = streams * min(64, max(1, args.requests // streams))
                 for kind, streamed in (("streamed", True), ("plain", False)):
                     load = Talk("request", streams, count, 1, streamed, word=False)
                     cost = await meter.per_request(running, load)
                     seen[f"{kind}_us_per_request"] = cost["us_per_request"]
+                load = Talk("answer", streams, streams, args.tokens, False, word=False)
+                whole = (await meter.per_request(running, load))["us_per_request"]
+                seen["plain_us_per_token"] = (whole - cost["us_per_request"]) / (args.tokens - 1)
                 note(streams, seen)
             if args.saturation and args.step_ms:
                 low, high = bounds(found, args.step_ms)
@@ -120,13 +127,9 @@ async def measure(target: str, args: argparse.Namespace, found: dict[int, Figure
 
 
 def bounds(found: dict[int, Figures], step_ms: float) -> tuple[int, int]:
-    """The most streams that were kept up with, no fewer having failed; and the fewest that failed.
-
-    0 where there are none.
-    """
-    failed = min((n for n, figures in found.items() if not keeps_up(figures, step_ms)), default=0)
-    kept = [n for n in found if not failed or n < failed]
-    return max(kept, default=0), failed
+    """The most streams that were kept up with, and the fewest above that which were not; or 0."""
+    kept = max((n for n, figures in found.items() if keeps_up(figures, step_ms)), default=0)
+    return kept, min((n for n in found if n > kept), default=0)
 
 
 def keeps_up(figures: Figures, step_ms: float) -> bool:
@@ -157,39 +160,34 @@ def report(results: dict[str, dict[int, Figures]], step_ms: float) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, dict[int, Figures]], file: Path) -> None:
-    """Draw what is delivered of what is offered, and what a token costs, into the PNG `file`."""
+def plot(results: dict[str, dict[int, Figures]], streams: list[int], file: Path) -> None:
+    """Draw what is delivered of what is offered, and what a token costs, into the PNG `file`.
+
+    The cost with so many `streams` alone: what was looked at to find where a target saturates is
+    more noise than line.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     delivered, cost = figure.subplots(1, 2)
-    everywhere = [0.0]
+    most = max(max(f["offered"]) for by_streams in results.values() for f in by_streams.values())
+    delivered.plot([0, most], [0, most], color="0.6", linestyle=":", label="all that is offered")
     for target, by_streams in results.items():
-        places = sorted(by_streams)
         middle = {
-            name: [statistics.median(by_streams[n][name]) for n in places]
+            name: {n: statistics.median(figures[name]) for n, figures in sorted(by_streams.items())}
             for name in ("offered", "tokens_per_second", "us_per_token")
         }
-        everywhere += middle["offered"]
-        for axes, x, y in (
-            (delivered, middle["offered"], middle["tokens_per_second"]),
-            (cost, places, middle["us_per_token"]),
-        ):
-            [line] = axes.plot(x, y, marker="o", markersize=4)
-            axes.annotate(
-                f" {target}", (x[-1], y[-1]), color=line.get_color(), va="center", fontsize=8
-            )
-    ends = [min(everywhere[1:]), max(everywhere)]
-    delivered.plot(ends, ends, color="0.7", linestyle=":")
-    delivered.annotate(
-        "all that is offered", (ends[1], ends[1]), color="0.5", ha="right", va="bottom", fontsize=8
-    )
+        style: dict[str, Any] = {"marker": "o", "markersize": 4, "label": target}
+        x, y = (list(middle[name].values()) for name in ("offered", "tokens_per_second"))
+        delivered.plot(x, y, **style)
+        asked = [n for n in streams if n in by_streams]
+        cost.plot(asked, [middle["us_per_token"][n] for n in asked], **style)
     delivered.set(xlabel="offered, tokens a second", ylabel="delivered, tokens a second")
     cost.set(xlabel="streams at the same time", ylabel="CPU of the API process, µs a token")
+    cost.set(xscale="log", yscale="log", xticks=streams, xticklabels=streams)
     for axes in (delivered, cost):
-        axes.set(xscale="log", yscale="log")
-        axes.margins(x=0.25)
         axes.grid(color="0.9")
+        axes.legend(fontsize=8, frameon=False)
     figure.savefig(file, dpi=150)
 
 
@@ -215,7 +213,7 @@ async def main(args: argparse.Namespace) -> int:
                 write_json(args.json, {"environment": machine(), "load": load, "targets": results})
     print(report(results, args.step_ms))
     if args.plot:
-        plot(results, args.plot)
+        plot(results, args.streams, args.plot)
     return 0
 
 

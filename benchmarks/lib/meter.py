@@ -176,6 +176,10 @@ class Watched(Client):
         self._last = 0.0
 
 
+class NeverTogetherError(SystemExit):
+    """At no time did all streams stream."""
+
+
 class Meter:
     """Takes the measurements, with prompts numbered so that none comes twice."""
 
@@ -189,7 +193,8 @@ class Meter:
     ) -> dict[str, float]:
         """What a token costs and the gaps between tokens, with `streams` streams at once.
 
-        Of `tokens` each; else of fewer where there are many, so that no point takes long.
+        Of `tokens` each; else of fewer where there are many, so that no point takes long. Raises
+        `NeverTogetherError`.
         """
         if tokens is None:  # they must outlast the time in which the last ones begin
             tokens = max(32, min(2 * self._tokens, 16 * self._tokens // streams))
@@ -198,15 +203,14 @@ class Meter:
         tries = []
         for _ in range(TRIES):
             window, found = await self._stream(target, load)
-            if window.events >= streams:
-                tries.append((window.stall / window.seconds, window, found))
-                if tries[-1][0] <= STALLED:
-                    break
-        if not tries:
-            raise SystemExit(
-                f"Some of {streams} streams ended before all had begun: ask for more --tokens, "
-                "or for --max-num-seqs if that is less."
-            )
+            if window.events < streams:
+                raise NeverTogetherError(
+                    f"Some of {streams} streams ended before all had begun: ask for more --tokens, "
+                    "or for --max-num-seqs if that is less."
+                )
+            tries.append((window.stall / window.seconds, window, found))
+            if tries[-1][0] <= STALLED:
+                break
         _, window, found = min(tries, key=itemgetter(0))
         seen = window.tokens
         return {

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.tokenizers import get_tokenizer
 
-from synthia_vllm.engine.vllm.token_cache import TokenCache, breaks_at_lines, pieces
+from synthia_vllm.engine.vllm.token_cache import Piece, TokenCache, breaks_at_lines, pieces, size
 from synthia_vllm.engine.vllm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -96,24 +96,23 @@ def test_what_was_there_before_is_not_tokenised_again(
 
 
 def test_no_more_is_kept_than_may_be() -> None:
-    cache = TokenCache(100, limit=10)
+    def piece(number: int, salt: str = "a") -> Piece:
+        return salt, False, str(number)
+
+    tokens = [1, 2, 3, 4]
+    cache = TokenCache(100, limit=2 * size(piece(0), tokens))
     for number in range(4):
-        cache.keep(("a", False, str(number)), [number] * 4)
-    assert [cache.get(("a", False, str(number))) for number in range(4)] == [
-        None,
-        None,
-        [2] * 4,
-        [3] * 4,
-    ]
-    cache.get(("a", False, "2"))
-    cache.keep(("b", False, "4"), [4] * 4)
-    assert cache.get(("a", False, "2")) == [2] * 4
-    assert cache.get(("a", False, "3")) is None
-    cache.keep(("b", False, "5"), [5] * 11)
-    assert cache.get(("b", False, "5")) is None
-    for _ in range(9):
-        cache.keep(("b", False, "6"), [6] * 10)
-    assert cache.get(("b", False, "6")) == [6] * 10
+        cache.keep(piece(number), tokens)
+        cache.keep(piece(number), tokens)
+    assert [cache.get(piece(number)) for number in range(4)] == [None, None, tokens, tokens]
+    cache.get(piece(2))
+    cache.keep(piece(4, "b"), tokens)
+    assert cache.get(piece(2)) == tokens
+    assert cache.get(piece(3)) is None
+    assert cache.get(piece(4, "a")) is None
+    assert cache.get(piece(4, "b")) == tokens
+    cache.keep(piece(5), tokens * 1000)
+    assert cache.get(piece(5)) is None
 
 
 def test_a_tokenizer_that_reaches_across_line_breaks_is_known(files: Any) -> None:

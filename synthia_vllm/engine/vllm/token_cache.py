@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 # Characters of a piece, at least: a system message is longer, and each piece costs a look-up.
 _PIECE: Final = 64
-_KEPT_TOKENS: Final = 1 << 20
-"""In all, of 8 bytes and about 20 with what is around them."""
+_KEPT_BYTES: Final = 32 << 20
+_BYTES_AROUND: Final = 450  # of a piece: key, salt, place, list
 
 # The normalizer of Llama's and Mistral's tokenizers, which changes nothing at a line break.
 _NORMALIZER: Final = {
@@ -61,18 +61,20 @@ token in front), and the text of it."""
 
 
 class TokenCache:
-    """The tokens of pieces of texts, under the salt of who sent them: the longest unused go first.
+    """The tokens of pieces of texts, under the salt of who sent them, in `limit` bytes.
+
+    What has not been asked for the longest goes first. Ids are below `tokens`.
 
     How long a text takes to tokenise tells whether it has been here, as it does of the engine's
     prefix cache: so whoever shares that shares this, and nobody else.
     """
 
-    def __init__(self, vocab_size: int, limit: int = _KEPT_TOKENS) -> None:
+    def __init__(self, tokens: int, limit: int = _KEPT_BYTES) -> None:
         self._limit = limit
         self._kept: OrderedDict[Piece, list[int]] = OrderedDict()
-        self._tokens = 0
+        self._bytes = 0
         # All lists are of these, so that a token of them takes 8 bytes and not 40.
-        self._ids = list(range(vocab_size))
+        self._ids = list(range(tokens))
 
     def get(self, piece: Piece) -> list[int] | None:
         """The tokens of `piece`, if they are kept. They must not be changed."""
@@ -83,8 +85,15 @@ class TokenCache:
 
     def keep(self, piece: Piece, tokens: list[int]) -> None:
         """Keep the `tokens` of `piece`, in place of some that have not been asked for lately."""
-        kept, ids = self._kept, self._ids
-        self._tokens += len(tokens) - len(kept.pop(piece, ()))
-        kept[piece] = [ids[token] for token in tokens]
-        while self._tokens > self._limit:
-            self._tokens -= len(kept.popitem(last=False)[1])
+        if piece in self._kept:
+            return
+        ids = self._ids
+        self._kept[piece] = [ids[token] for token in tokens]
+        self._bytes += size(piece, tokens)
+        while self._bytes > self._limit:
+            self._bytes -= size(*self._kept.popitem(last=False))
+
+
+def size(piece: Piece, tokens: list[int]) -> int:
+    """The bytes of memory that keeping `tokens` takes at most."""
+    return 8 * len(tokens) + 4 * len(piece[2]) + _BYTES_AROUND

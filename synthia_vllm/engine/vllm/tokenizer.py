@@ -31,14 +31,13 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._encoders = encoders(tokenizer)
+        backend = tokenizer.backend_tokenizer
         plain = self._encoders[False]
-        self._cache = (
-            TokenCache(len(tokenizer)) if breaks_at_lines(json.loads(plain.to_str())) else None
-        )
+        cuts = breaks_at_lines(json.loads(plain.to_str()))
+        self._cache = TokenCache(max(backend.get_vocab().values()) + 1) if cuts else None
         self._front = len(plain.encode("\n").ids) - 1  # tokens put in front of what begins so
         self._token = tokenizer.convert_ids_to_tokens
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
-        backend = tokenizer.backend_tokenizer
         added = backend.get_added_tokens_decoder()
         self.texts = table(json.loads(backend.decoder.__getstate__()), backend.get_vocab(), added)
         """The text of each token that means the same wherever it stands, by id."""
