@@ -81,10 +81,10 @@ class Connection(Protocol):
         go through ASGI's `send`, which waits for it.
         """
 
-    def on_left(self, tell: Callable[[], None]) -> None:
+    def on_left(self, tell: Callable[[], None] | None) -> None:
         """Have `tell` called if the client leaves before it has the response; at once, if it has.
 
-        It may be called more than once.
+        It may be called more than once, until this is called with `None`.
         """
 
 
@@ -257,7 +257,7 @@ class GuardedProtocol(HttpToolsProtocol):
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if chunked else data)
         return not self.flow.write_paused
 
-    def on_left(self, tell: Callable[[], None]) -> None:
+    def on_left(self, tell: Callable[[], None] | None) -> None:
         """As in `Connection`."""
         self._tell_left = tell
         self._note_left()

@@ -116,7 +116,7 @@ class _Exchange:
         seconds = deadline(self._request_headers, limits.request_seconds)
         body = await read_body(self._request_headers, receive, limits.max_body_bytes)
         left = seconds - (time.perf_counter() - self._arrived)
-        # In this very task: another, and one that waits for the client to leave, cost 40 us.
+        # In this very task: none is made for the work, and none to wait for the client to leave.
         self._task = task = asyncio.current_task()
         self._connection.on_left(lambda: self.end(ClientLeft()))
         try:
@@ -135,6 +135,7 @@ class _Exchange:
             # An error's traceback holds this frame: with the error in it, or the body, these would
             # stay in memory until the garbage collector comes round.
             self._task = self._ended_by = None
+            self._connection.on_left(None)  # which may be kept alive, and would keep all of this
             del body
 
     def end(self, error: ApiError | ClientLeft) -> None:

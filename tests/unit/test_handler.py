@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,25 @@ def test_fault_in_a_stream_is_an_event() -> None:
         client = server.client
         with pytest.raises(openai.APIError, match="failed at this request"):
             list(client.chat.completions.create(**BODY, stream=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_connection_that_is_kept_alive_keeps_no_request(stream: bool) -> None:
+    """What was asked is let go with the answer, by reference counts alone, errors too."""
+
+    def kept() -> int:
+        return sum(type(thing).__name__ == "_Exchange" for thing in gc.get_objects())
+
+    bodies = [BODY | {"stream": stream}, BODY | {"stream": stream, "top_k": -7}]
+    gc.collect()
+    gc.disable()
+    try:
+        with running(FakeEngine(PIECES)) as server, httpx.Client() as client:
+            for body in bodies:
+                client.post(f"{server.url}/v1/chat/completions", json=body).read()
+            wait_until(lambda: not kept())
+    finally:
+        gc.enable()
 
 
 class _Breaks(FakeEngine):
