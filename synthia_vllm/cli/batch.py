@@ -47,6 +47,7 @@ from OPENAI_API_KEY. The exit code is 1 if a line failed.
 _POLL_S: Final = 1.0
 _SAY_EVERY_S: Final = 2.0
 _LAST_LINES: Final = 12
+_CLOSING_S: Final = 30.0
 _PR_SET_PDEATHSIG: Final = 1  # of <linux/prctl.h>
 
 
@@ -242,10 +243,9 @@ def _server(args: argparse.Namespace, serve_options: Sequence[str]) -> Iterator[
         try:
             _until_ready(server, port, last)
             yield f"http://127.0.0.1:{port}/v1"
-        except BaseException:
+        finally:
             server.terminate()
-            raise
-        server.terminate()
+            reader.join(_CLOSING_S)  # leaving closes the pipe, under whoever reads it
     shutil.rmtree(directory, ignore_errors=True)
 
 

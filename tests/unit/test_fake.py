@@ -19,4 +19,4 @@ def test_contract(check: Callable[[FakeEngine], Any]) -> None:
     """The same checks as for the real engine, see tests/server/test_engine.py."""
     pieces = (" Orcas", " are", " large", ".", "\nUS", "ER", ": And", " then?")
     # Slow enough that a busy machine leaves a request while it runs.
-    asyncio.run(check(FakeEngine(pieces, delay=0.03)))
+    asyncio.run(check(FakeEngine(pieces, delay=0.1)))
