@@ -298,6 +298,7 @@ class Metrics:
     def _of_all(self) -> CollectorRegistry:
         if not shared():
             return self.registry
+        settle()  # the others do so four times a second
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return registry
